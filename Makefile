@@ -1,0 +1,37 @@
+# make demo   see it all work, in a minute or two
+# make test   everything that CI runs
+# make check  the fast part: format, lint, types, layers, unit and property tests
+# make bench  the figures in docs/, side by side with the peers
+
+PYTHON := .venv/bin/python
+PREFIX ?= /usr/local
+
+.PHONY: setup demo check test bench lock install clean
+
+setup:
+	@.ci/setup
+
+demo: setup
+	@$(PYTHON) -m bench.demo
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PYTHON) -m pytest tests/unit
+
+test: check
+	$(PYTHON) -m pytest tests/e2e
+
+bench: setup
+	$(PYTHON) -m bench.nbd
+
+lock:
+	.ci/lock
+
+install: setup
+	.ci/install "$(PREFIX)"
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis .import_linter_cache
