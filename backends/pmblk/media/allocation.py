@@ -1,0 +1,102 @@
+"""Which pages of a sparse file are known to have memory under them. Pure but for lseek.
+
+A store through a mapping to a page that the file system cannot provide kills the process with
+SIGBUS, and on tmpfs even a load allocates. So every page is looked up here first: a write to an
+unknown page reserves it (ENOSPC becomes a status), a read of a hole is answered with zeroes and
+allocates nothing.
+
+One byte a page, in anonymous memory that costs nothing until it is touched: a byte array would
+cost 100 MiB to open 400 GiB, a bit map would need shifts on the path of every I/O. A known page
+stays known until it is discarded; an unknown one may be data (the file came to us like this) or a
+hole, and lseek(2) with SEEK_DATA and SEEK_HOLE tells.
+"""
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+
+from pmblk.ranges import Extent
+
+PAGE_SHIFT = 12
+PAGE_BYTES = 1 << PAGE_SHIFT
+
+_KNOWN_RUN = b"\x01" * 65536
+
+
+class AllocationMap:
+    """`fd` and `size` (bytes) of the file; the map never outlives the file descriptor."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
+        self._size = size
+        self._pages = (size + PAGE_BYTES - 1) >> PAGE_SHIFT
+        self._known = mmap.mmap(-1, max(self._pages, 1))
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether every page of the range is known. `length` is at least 1."""
+        first = offset >> PAGE_SHIFT
+        last = (offset + length - 1) >> PAGE_SHIFT
+        if first == last:
+            return bool(self._known[first])
+        return self._known.find(b"\x00", first, last + 1) < 0
+
+    def mark(self, offset: int, length: int) -> None:
+        """The pages that the range touches have memory under them."""
+        position = offset >> PAGE_SHIFT
+        end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
+        while position < end:
+            run = min(end - position, len(_KNOWN_RUN))
+            self._known[position : position + run] = _KNOWN_RUN[:run]
+            position += run
+
+    def forget(self, offset: int, length: int) -> None:
+        """The pages that the range touches may be holes from now on."""
+        first = offset >> PAGE_SHIFT
+        end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
+        for position in range(first, end, len(_KNOWN_RUN)):
+            run = min(end - position, len(_KNOWN_RUN))
+            self._known[position : position + run] = bytes(run)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as data and holes, in order, without gaps; data that is found is remembered."""
+        position, end = offset, offset + length
+        while position < end:
+            found = self._known_end(position, end)
+            if found > position:
+                yield Extent(position, found - position, hole=False)
+                position = found
+                continue
+            extent = self._ask(position, end)
+            if not extent.hole:
+                self._mark_whole_pages(extent)
+            yield extent
+            position += extent.length
+
+    def _known_end(self, position: int, end: int) -> int:
+        """Where the run of known pages that starts at `position` ends, at most `end`."""
+        first = position >> PAGE_SHIFT
+        unknown = self._known.find(b"\x00", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
+        return end if unknown < 0 else max(position, min(end, unknown << PAGE_SHIFT))
+
+    def _ask(self, position: int, end: int) -> Extent:
+        """One extent from the file system, at most up to `end`."""
+        try:
+            data = os.lseek(self._fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            data = end
+        if data > position:
+            return Extent(position, min(data, end) - position, hole=True)
+        hole = os.lseek(self._fd, position, os.SEEK_HOLE)
+        return Extent(position, min(hole, end) - position, hole=False)
+
+    def _mark_whole_pages(self, extent: Extent) -> None:
+        """A page that is data only in part (file system blocks below 4 KiB) stays unknown."""
+        first = (extent.offset + PAGE_BYTES - 1) & -PAGE_BYTES
+        end = extent.offset + extent.length
+        if end < self._size:
+            end &= -PAGE_BYTES
+        if end > first:
+            self.mark(first, end - first)

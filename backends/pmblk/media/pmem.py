@@ -1,0 +1,228 @@
+"""Persistent-memory media: a regular file, mapped whole, owned by one process.
+
+`create` makes a sparse file, `open_media` opens, locks and maps one. `Media` is what the
+representations store to and load from. It promises that no store and no load through `view` meets
+a page that the file system cannot provide, as long as callers `reserve` before they store and ask
+`allocation` before they load; `Namespace` does both.
+
+Not here: ranges, read-only rules and status codes (`pmblk.namespace`), and when to sync.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from pmblk.errors import MediaError
+from pmblk.media import syscalls
+from pmblk.media.allocation import AllocationMap
+from pmblk.media.durability import Durability, map_and_detect
+from pmblk.ranges import slices
+from pmblk.units import format_size
+
+ZEROES = memoryview(bytes(1 << 20))
+
+Store = Callable[[int, "memoryview | bytes"], None]
+
+
+class Media:
+    """An open, locked, mapped file. Made by `open_media`.
+
+    `view` is the whole file as bytes. Slices of it may be handed out and are valid until `close`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fd: int,
+        *,
+        size: int,
+        read_only: bool,
+        mapping: mmap.mmap,
+        durability: Durability,
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.read_only = read_only
+        self.durability = durability
+        self.allocation = AllocationMap(fd, size)
+        self.punches = not read_only and syscalls.can_punch(fd, size)
+        self._fd = fd
+        self._mapping = mapping
+        self.view = memoryview(mapping)
+        self.store: Store = self._store_and_follow if durability.follows_stores else self._store
+        self._recall_full_file()
+
+    def _recall_full_file(self) -> None:
+        """A file without holes needs no lseek a page: its block count says so at once."""
+        if os.fstat(self._fd).st_blocks * 512 >= self.size:
+            self.allocation.mark(0, self.size)
+
+    def _store(self, offset: int, data: "memoryview | bytes") -> None:
+        self.view[offset : offset + len(data)] = data
+
+    def _store_and_follow(self, offset: int, data: "memoryview | bytes") -> None:
+        self.view[offset : offset + len(data)] = data
+        self.durability.stored(offset, len(data))
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Every page of the range has memory under it afterwards. Raises OSError (ENOSPC, ...)."""
+        if self.allocation.covers(offset, length):
+            return
+        for extent in list(self.allocation.extents(offset, length)):
+            if extent.hole:
+                syscalls.reserve(self._fd, extent.offset, extent.length)
+                self.allocation.mark(extent.offset, extent.length)
+                self.durability.layout_changed()
+
+    def punch(self, offset: int, length: int) -> None:
+        """The range reads as zeroes and gives its whole pages back. Needs `punches`.
+
+        Forgets before it punches: a failure half way must not leave holes that count as memory.
+        """
+        self.allocation.forget(offset, length)
+        self.durability.layout_changed()
+        syscalls.punch_hole(self._fd, offset, length)
+
+    def fill_with_zeroes(self, offset: int, length: int) -> None:
+        """Store zeroes over a range that is reserved."""
+        for position, piece in slices(offset, length, slice_bytes=len(ZEROES)):
+            self.store(position, ZEROES[:piece])
+
+    def allocated_bytes(self) -> int:
+        """What the file occupies, as its file system counts it."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Unmap and unlock. Views that are still out keep the mapping, not the lock, alive."""
+        try:
+            self.view.release()
+            self._mapping.close()
+        except BufferError:
+            pass
+        os.close(self._fd)
+
+
+def create(path: Path, size: int) -> None:
+    """Make a sparse file of `size` bytes, durably. Raises MediaError; leaves nothing when it does.
+
+    An existing file is never touched: FileExistsError becomes a MediaError too.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MediaError(
+            f"cannot create {path}: {error.strerror}", hint="make the directory, or mend its rights"
+        ) from error
+    try:
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+        _sync_directory(path.parent)
+    except OSError as error:
+        path.unlink()
+        raise MediaError(
+            f"cannot make {path} {format_size(size)} long: {error.strerror}",
+            hint="choose a smaller size or another file system",
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_media(path: Path, *, size: int | None = None, read_only: bool = False) -> Media:
+    """Open, lock and map the file. `size`, if given, must be the file's own.
+
+    Raises MediaError, having changed nothing, for a file that is missing, not regular, of another
+    size, owned by another process, or on a file system that cannot reserve space.
+    """
+    fd = _open_locked(path, size=size, read_only=read_only)
+    try:
+        actual = os.fstat(fd).st_size
+        if not read_only and not syscalls.can_reserve(fd):
+            raise MediaError(
+                f"{path}: {syscalls.file_system(fd)} cannot reserve space for a sparse file",
+                hint="put the file on tmpfs, hugetlbfs, ext4, xfs or btrfs",
+            )
+        mapping, durability = map_and_detect(fd, actual, read_only=read_only)
+        return Media(
+            path, fd, size=actual, read_only=read_only, mapping=mapping, durability=durability
+        )
+    except OSError as error:
+        os.close(fd)
+        raise MediaError(f"cannot map {path}: {error.strerror}") from error
+    except MediaError:
+        os.close(fd)
+        raise
+
+
+def inspect(path: Path, *, size: int | None = None, read_only: bool = False) -> int:
+    """The size of a file that `open_media` would accept; changes nothing. Raises MediaError."""
+    fd = _open_locked(path, size=size, read_only=read_only)
+    try:
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path, *, size: int | None, read_only: bool) -> int:
+    try:
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediaError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        _check_file(path, fd, size)
+        _lock(path, fd, shared=read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_file(path: Path, fd: int, size: int | None) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path} is not a regular file", hint="name a file, or a path to create")
+    if status.st_size == 0:
+        raise MediaError(f"{path} is empty", hint="remove it, and give a size to create it anew")
+    if size is not None and status.st_size != size:
+        raise MediaError(
+            f"{path} is {status.st_size} bytes long, not {size}",
+            hint="leave the size out to take the file as it is, or name another file",
+        )
+
+
+def _lock(path: Path, fd: int, *, shared: bool) -> None:
+    """One owner that writes, or any number that read; the lock ends with the process."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        owner = _lock_owner(fd)
+        raise MediaError(
+            f"{path} is in use by {owner}", hint="stop that one first; the data was not touched"
+        ) from None
+
+
+def _lock_owner(fd: int) -> str:
+    """The process that holds the lock, from /proc/locks; "another process" where it cannot tell."""
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if device in fields and "FLOCK" in fields and "->" not in fields:
+                return f"process {fields[4]}"
+    except OSError:
+        pass
+    return "another process"

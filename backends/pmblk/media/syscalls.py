@@ -1,0 +1,85 @@
+"""The few system calls that Python's os module does not have. ctypes releases the GIL in each.
+
+Sources: fallocate(2), statfs(2).
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+
+_FILE_SYSTEM_NAMES = {
+    0x01021994: "tmpfs",
+    0x958458F6: "hugetlbfs",
+    0x858458F6: "ramfs",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0xF2F52010: "f2fs",
+    0x794C7630: "overlayfs",
+    0x6969: "nfs",
+    0x65735546: "fuse",
+}
+
+
+def _call(result: int) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), again after a signal. Raises OSError."""
+    while True:
+        try:
+            return _call(_libc.fallocate(fd, mode, offset, length))
+        except InterruptedError:
+            continue
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """The range reads as zeroes from now on, and its whole blocks are given back."""
+    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Memory stands under the whole range from now on; what it held, it holds. ENOSPC if full."""
+    fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def can_punch(fd: int, size: int) -> bool:
+    """Whether the file system punches holes; asked past the end of the file, where nothing is."""
+    try:
+        punch_hole(fd, size, 4096)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+def can_reserve(fd: int) -> bool:
+    """Whether the file system reserves space; asked by reserving the first block of the file."""
+    try:
+        reserve(fd, 0, 1)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    return True
+
+
+def file_system(fd: int) -> str:
+    """The name of the file system that holds `fd`, or its magic number in hex."""
+    buffer = ctypes.create_string_buffer(256)
+    _call(_libc.fstatfs(fd, buffer))
+    magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
+    return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
