@@ -1,0 +1,236 @@
+"""One NBD connection: from the bytes of its socket to the engine and back.
+
+The way of an I/O: `serve` wakes up once, receives all that has arrived, hands the engine one batch
+after another and sends each batch's replies with one `sendmsg`. No task, channel or thread hop
+happens on that way. Commands that have to wait go to `_complete_waiting`, a second task of the
+connection, which finishes them together (one sync for all of them) and sends their replies.
+
+Bounds: a connection receives nothing while its replies are stuck, or while `WAITING_MAX` commands
+or `WAITING_BYTES_MAX` of payload wait; so a client that never reads holds what it asked for in the
+receive buffer, and no more.
+"""
+
+import socket
+import time
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from pmblk import Command, Namespace
+from pmblkd.nbd.handshake import Handshake, State
+from pmblkd.nbd.replies import Buffer, ReplyEncoder
+from pmblkd.nbd.requests import ProtocolError, RequestStream
+from pmblkd.spin import Spinner
+
+HANDSHAKE_SECONDS = 30
+HANDSHAKE_CHUNK_BYTES = 16 << 10
+WAITING_MAX = 1024
+WAITING_BYTES_MAX = 64 << 20
+LEASE_PATIENCE_SECONDS = 5
+IOV_MAX = 1024
+
+_log = structlog.get_logger(__name__)
+
+
+class Disconnected(Exception):
+    """The client is gone, or cannot be served any more; the reason is for the log."""
+
+
+class Connection:
+    """`sock` is connected and non-blocking; the connection closes it."""
+
+    def __init__(self, sock: socket.socket, *, peer: str, spinner: Spinner) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._spinner = spinner
+        self._sending = trio.Lock()
+        self._waiting: list[Command] = []
+        self._waiting_bytes = 0
+        self._more_waiting = trio.Event()
+        self._room = trio.Event()
+        self._end_of_requests = False
+
+    async def run(self, handshake: Handshake, namespaces: dict[str, Namespace]) -> None:
+        """Serve the client until it leaves, breaks the protocol, or `stop` ends its requests."""
+        log = _log.bind(peer=self._peer)
+        try:
+            with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+                await self._shake_hands(handshake)
+            if limit.cancelled_caught:
+                raise Disconnected(f"no handshake in {HANDSHAKE_SECONDS} s")
+            assert handshake.export is not None
+            log = log.bind(export=handshake.export.name)
+            log.info("client connected", structured=handshake.structured)
+            await self._transmit(handshake, namespaces[handshake.export.name])
+            log.info("client left")
+        except (Disconnected, ProtocolError) as reason:
+            log.info("connection closed", reason=str(reason))
+        finally:
+            self._sock.close()
+
+    def stop(self) -> None:
+        """No further requests; those that have arrived are still answered."""
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the peer was faster
+
+    # ---- handshake
+
+    async def _shake_hands(self, handshake: Handshake) -> None:
+        await self._send([handshake.greeting()])
+        buffer = memoryview(bytearray(HANDSHAKE_CHUNK_BYTES))
+        while handshake.state is not State.READY:
+            count = await self._receive(buffer)
+            if count == 0:
+                raise Disconnected("left during the handshake")
+            out = handshake.receive(buffer[:count])
+            if out:
+                await self._send([out])
+            if handshake.state is State.CLOSED:
+                raise Disconnected(handshake.reason)
+
+    # ---- transmission
+
+    async def _transmit(self, handshake: Handshake, namespace: Namespace) -> None:
+        replies = ReplyEncoder(structured=handshake.structured)
+        requests = RequestStream(
+            allocation_context=handshake.allocation_context, leftover=handshake.leftover
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._complete_waiting, replies, namespace)
+            try:
+                await self._serve(requests, replies, namespace)
+            finally:
+                self._end_of_requests = True
+                self._more_waiting.set()
+
+    async def _serve(
+        self, requests: RequestStream, replies: ReplyEncoder, namespace: Namespace
+    ) -> None:
+        while True:
+            batch = requests.next_batch()
+            while batch:
+                waiting = namespace.execute(batch)
+                if waiting:
+                    batch = self._put_aside(batch, waiting)
+                try:
+                    await self._send(replies.encode(batch), namespace)
+                finally:
+                    namespace.release(batch)
+                self._spinner.last_batch = len(batch)
+                if len(self._waiting) >= WAITING_MAX or self._waiting_bytes >= WAITING_BYTES_MAX:
+                    await self._wait_for_room()
+                batch = requests.next_batch()
+            if requests.disconnecting:
+                return
+            count = await self._receive(requests.receive_buffer())
+            if count == 0:
+                return
+            requests.received(count)
+
+    # ---- commands that wait
+
+    def _put_aside(self, batch: list[Command], waiting: Sequence[Command]) -> list[Command]:
+        """Hand the waiting commands over; the finished rest of the batch comes back."""
+        self._waiting.extend(waiting)
+        self._waiting_bytes += sum(len(command.payload or b"") for command in waiting)
+        self._more_waiting.set()
+        aside = {id(command) for command in waiting}
+        return [command for command in batch if id(command) not in aside]
+
+    async def _complete_waiting(self, replies: ReplyEncoder, namespace: Namespace) -> None:
+        while not self._end_of_requests or self._waiting:
+            if not self._waiting:
+                await self._more_waiting.wait()
+                self._more_waiting = trio.Event()
+                continue
+            batch, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            try:
+                await namespace.complete(batch)
+                await self._send(replies.encode(batch), namespace)
+            finally:
+                namespace.release(batch)
+            self._room.set()
+
+    async def _wait_for_room(self) -> None:
+        self._room = trio.Event()
+        await self._room.wait()
+
+    # ---- the socket
+
+    async def _receive(self, buffer: memoryview) -> int:
+        """At least one byte, or 0 at the end of the stream."""
+        if self._spinner.worth_it(self):
+            count = self._spin(buffer)
+            if count is not None:
+                return count
+        started = time.perf_counter()
+        await trio.lowlevel.wait_readable(self._sock)
+        self._spinner.waited(time.perf_counter() - started)
+        while (count := self._receive_now(buffer)) is None:
+            await trio.lowlevel.wait_readable(self._sock)
+        return count
+
+    def _receive_now(self, buffer: memoryview) -> int | None:
+        try:
+            return self._sock.recv_into(buffer)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Disconnected(error.strerror) from None
+
+    def _spin(self, buffer: memoryview) -> int | None:
+        end = time.perf_counter() + self._spinner.seconds
+        while time.perf_counter() < end:
+            count = self._receive_now(buffer)
+            if count is not None:
+                return count
+        self._spinner.missed()
+        return None
+
+    async def _send(self, buffers: list[Buffer], namespace: Namespace | None = None) -> None:
+        """All of `buffers`, in one call if the socket takes it; never between another's halves."""
+        if self._sending.locked():
+            await self._sending.acquire()
+        else:
+            buffers = self._send_now(buffers)
+            if not buffers:
+                return
+            self._sending.acquire_nowait()
+        try:
+            while buffers := self._send_now(buffers):
+                await self._wait_writable(namespace)
+        finally:
+            self._sending.release()
+
+    def _send_now(self, buffers: list[Buffer]) -> list[Buffer]:
+        """Send until the socket is full; what is left comes back."""
+        while buffers:
+            try:
+                sent = self._sock.sendmsg(buffers[:IOV_MAX])
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise Disconnected(error.strerror) from None
+            buffers = _rest(buffers, sent)
+        return buffers
+
+    async def _wait_writable(self, namespace: Namespace | None) -> None:
+        """Wait for the client to read; but it must not keep memory that somebody else waits for."""
+        while True:
+            with trio.move_on_after(LEASE_PATIENCE_SECONDS):
+                await trio.lowlevel.wait_writable(self._sock)
+                return
+            if namespace is not None and namespace.starved:
+                raise Disconnected("reads too slowly, and others wait for the memory it holds")
+
+
+def _rest(buffers: list[Buffer], sent: int) -> list[Buffer]:
+    """What is left of `buffers` after their first `sent` bytes."""
+    for index, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
+        sent -= len(buffer)
+    return []
