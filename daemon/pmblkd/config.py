@@ -1,0 +1,353 @@
+"""The config file: TOML to typed tables, and every rule about them. Pure but for reading the file.
+
+An unknown key, a wrong type or a rule that is broken is a `ConfigError` with the file, the key and
+a hint. Whether the world is as the config says (directories, sockets, mounts) is `preflight`'s.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pmblk import PmblkError
+from pmblk.representations import KINDS, Representation
+from pmblk.units import parse_size
+from pmblkd.listen import Address, parse_address
+
+RUNTIME_DIRECTORY = Path("/run/pmblk")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ConfigError(PmblkError):
+    """What is wrong at which key of which file."""
+
+    def __init__(self, file: Path | str, key: str, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{file}: {key}: {message}" if key else f"{file}: {message}", hint=hint)
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the config file; its fields are the keys."""
+
+
+class NamespaceConfig(_Table, frozen=True):
+    """`[[namespace]]`: one device."""
+
+    name: str
+    path: str
+    size: str | int | None = None
+    lba_size: int = 4096
+    read_only: bool = False
+    representation: str | dict[str, Any] = "extent"
+
+    @property
+    def file(self) -> Path:
+        return Path(self.path)
+
+    @property
+    def size_bytes(self) -> int | None:
+        return None if self.size is None else parse_size(self.size)
+
+    @property
+    def representation_kind(self) -> str:
+        chosen = self.representation
+        return chosen if isinstance(chosen, str) else str(chosen.get("kind", ""))
+
+    @property
+    def representation_options(self) -> dict[str, Any]:
+        if isinstance(self.representation, str):
+            return {}
+        return {key: value for key, value in self.representation.items() if key != "kind"}
+
+
+class NbdConfig(_Table, frozen=True):
+    """`[nbd]`: every namespace is an export of its name."""
+
+    listen: list[str]
+    default: str | None = None
+    max_connections: int = 64
+
+    @property
+    def addresses(self) -> list[Address]:
+        return [parse_address(text) for text in self.listen]
+
+
+class FuseConfig(_Table, frozen=True):
+    """`[fuse]`: every namespace is a file of its name below the mountpoint."""
+
+    mountpoint: str
+    allow_other: bool = False
+
+
+class ControlConfig(_Table, frozen=True):
+    """`[control]`: the socket that `pmblk list` and `pmblk attach` talk to."""
+
+    socket: str = str(RUNTIME_DIRECTORY / "control.sock")
+
+
+class DaemonConfig(_Table, frozen=True):
+    """`[daemon]`: the process itself."""
+
+    stop_seconds: float = 20.0
+    busy_poll_us: int = 30
+    log_level: str = "info"
+
+
+class Config(_Table, frozen=True):
+    namespace: list[NamespaceConfig]
+    nbd: NbdConfig | None = None
+    fuse: FuseConfig | None = None
+    control: ControlConfig = ControlConfig()
+    daemon: DaemonConfig = DaemonConfig()
+
+    @property
+    def default_export(self) -> str:
+        chosen = self.nbd.default if self.nbd else None
+        return chosen or self.namespace[0].name
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check. `overrides` are `key=value` with a dotted key (`nbd.default=a`).
+
+    Raises ConfigError for the first thing that is wrong.
+    """
+    try:
+        with file.open("rb") as stream:
+            raw = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(file, "", f"cannot read it: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(file, "", f"not TOML: {error}") from error
+    for override in overrides:
+        _override(raw, override)
+    try:
+        config = msgspec.convert(raw, Config)
+    except msgspec.ValidationError as error:
+        raise _explain(file, raw, str(error)) from None
+    _check(file, config)
+    return config
+
+
+# ---- overrides
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError("--set", override, "no value", hint="write --set key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: --set fuse.mountpoint=/mnt/x
+    *parents, last = key.split(".")
+    table: Any = raw
+    for parent in parents:
+        table = _child(table, parent, key)
+    if isinstance(table, list):
+        raise ConfigError("--set", key, "names a list", hint="say which: namespace.NAME.size=...")
+    table[last] = value
+
+
+def _child(table: Any, name: str, key: str) -> Any:
+    """The table below; of a list of tables, by name or index."""
+    if isinstance(table, list):
+        for index, item in enumerate(table):
+            if name == str(index) or (isinstance(item, dict) and item.get("name") == name):
+                return item
+        raise ConfigError("--set", key, f"there is no namespace {name}")
+    if not isinstance(table, dict):
+        raise ConfigError("--set", key, f"nothing is below {name}")
+    return table.setdefault(name, {})
+
+
+# ---- msgspec's words into ours
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`(?: - at `\$(.*?)`)?")
+_MISSING = re.compile(r"Object missing required field `(.+?)`(?: - at `\$(.*?)`)?")
+_WRONG = re.compile(r"(.+?) - at `\$(.*?)`")
+
+
+def _explain(file: Path, raw: dict[str, Any], text: str) -> ConfigError:
+    if match := _UNKNOWN.fullmatch(text):
+        field, place = match[1], (match[2] or "").lstrip(".")
+        return ConfigError(file, _join(place, field), "unknown key", hint=_suggest(place, field))
+    if match := _MISSING.fullmatch(text):
+        field, place = match[1], (match[2] or "").lstrip(".")
+        return ConfigError(file, _join(place, field), "missing", hint=f"add {field} = ...")
+    if match := _WRONG.fullmatch(text):
+        message = match[1].replace("`", "").replace("Expected", "expected")
+        message = message.replace("array", "list").replace("object", "table")
+        return ConfigError(file, match[2].lstrip("."), message, hint=_found(raw, match[2]))
+    return ConfigError(file, "", text)
+
+
+def _join(place: str, field: str) -> str:
+    return f"{place}.{field}" if place else field
+
+
+def _suggest(place: str, field: str) -> str:
+    tables = {
+        "": Config,
+        "namespace": NamespaceConfig,
+        "nbd": NbdConfig,
+        "fuse": FuseConfig,
+        "control": ControlConfig,
+        "daemon": DaemonConfig,
+    }
+    table = tables.get(re.sub(r"\[.*?\]", "", place))
+    keys = table.__struct_fields__ if table else ()
+    return did_you_mean(field, keys)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"known are {', '.join(known)}" if known else ""
+
+
+def _found(raw: Any, path: str) -> str:
+    """The value at msgspec's path, to show what was written there."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        try:
+            raw = raw[name] if name else raw[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return ""
+    return f"found {raw!r}"
+
+
+# ---- rules that types cannot say
+
+
+def _check(file: Path, config: Config) -> None:
+    def wrong(key: str, message: str, hint: str = "") -> ConfigError:
+        return ConfigError(file, key, message, hint=hint)
+
+    if not config.namespace:
+        raise wrong("namespace", "there is none", "add a [[namespace]] table")
+    names: dict[str, int] = {}
+    files: dict[Path, str] = {}
+    for index, namespace in enumerate(config.namespace):
+        place = f"namespace[{index}]"
+        _check_namespace(file, place, namespace)
+        if names.setdefault(namespace.name, index) != index:
+            raise wrong(f"{place}.name", f'a second "{namespace.name}"', "names are unique")
+        target = namespace.file.resolve()
+        if target in files:
+            raise wrong(
+                f"{place}.path",
+                f"{namespace.path} already belongs to {files[target]}",
+                "give each namespace a file of its own",
+            )
+        files[target] = namespace.name
+    if config.nbd is None and config.fuse is None:
+        raise wrong("", "nothing is exported", "add [nbd] with listen, or [fuse] with mountpoint")
+    _check_exports(file, config, list(names))
+    _check_daemon(file, config)
+
+
+def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None:
+    def wrong(key: str, message: str, hint: str = "") -> ConfigError:
+        return ConfigError(file, f"{place}.{key}", message, hint=hint)
+
+    if not NAME.fullmatch(namespace.name):
+        raise wrong(
+            "name",
+            f'"{namespace.name}" cannot be a name',
+            "letters, digits, dot, dash and underscore; it is also a file's name",
+        )
+    if not namespace.path.startswith("/"):
+        raise wrong("path", f"{namespace.path} is not absolute", "start it with /")
+    if namespace.lba_size not in (512, 4096):
+        raise wrong("lba_size", f"{namespace.lba_size} is no LBA size", "choose 512 or 4096")
+    try:
+        size = namespace.size_bytes
+    except ValueError as error:
+        raise wrong("size", str(error)) from None
+    if size == 0:
+        raise wrong("size", "a namespace has at least one block")
+    if size is not None and size % namespace.lba_size:
+        nearest = size // namespace.lba_size * namespace.lba_size or namespace.lba_size
+        raise wrong(
+            "size",
+            f"{size} bytes are no multiple of lba_size {namespace.lba_size}",
+            f"{nearest} would be",
+        )
+    _check_representation(file, f"{place}.representation", namespace)
+
+
+def _check_representation(file: Path, place: str, namespace: NamespaceConfig) -> None:
+    kind = namespace.representation_kind
+    if kind not in KINDS:
+        raise ConfigError(
+            file, place, f'"{kind}" is no representation', hint=did_you_mean(kind, list(KINDS))
+        )
+    try:
+        representation_options(namespace)
+    except msgspec.ValidationError as error:
+        if match := _UNKNOWN.fullmatch(str(error)):
+            known = KINDS[kind].Options.__struct_fields__
+            hint = did_you_mean(match[1], known) or f"{kind} has no options"
+            raise ConfigError(file, f"{place}.{match[1]}", "unknown key", hint=hint) from None
+        raise ConfigError(file, place, str(error).replace("`", "")) from None
+
+
+def representation_options(namespace: NamespaceConfig) -> Representation.Options:
+    """The options of the namespace's representation. Raises msgspec.ValidationError."""
+    kind = KINDS[namespace.representation_kind]
+    options: Representation.Options = msgspec.convert(
+        namespace.representation_options, kind.Options
+    )
+    return options
+
+
+def _check_exports(file: Path, config: Config, names: list[str]) -> None:
+    nbd = config.nbd
+    if nbd is not None:
+        if not nbd.listen:
+            raise ConfigError(
+                file, "nbd.listen", "is empty", hint='e.g. ["unix:/run/pmblk/nbd.sock"]'
+            )
+        for index, text in enumerate(nbd.listen):
+            try:
+                parse_address(text)
+            except ValueError as error:
+                raise ConfigError(file, f"nbd.listen[{index}]", str(error)) from None
+        if len(set(nbd.listen)) < len(nbd.listen):
+            raise ConfigError(file, "nbd.listen", "names an address twice")
+        if nbd.default is not None and nbd.default not in names:
+            raise ConfigError(
+                file,
+                "nbd.default",
+                f"no namespace {nbd.default}",
+                hint=did_you_mean(nbd.default, names),
+            )
+        if nbd.max_connections < 1:
+            raise ConfigError(file, "nbd.max_connections", "is at least 1")
+    if config.fuse is not None and not config.fuse.mountpoint.startswith("/"):
+        raise ConfigError(file, "fuse.mountpoint", "is not absolute", hint="start it with /")
+
+
+def _check_daemon(file: Path, config: Config) -> None:
+    daemon = config.daemon
+    if daemon.stop_seconds <= 0:
+        raise ConfigError(file, "daemon.stop_seconds", "is more than 0")
+    if not 0 <= daemon.busy_poll_us <= 1000:
+        raise ConfigError(file, "daemon.busy_poll_us", "is from 0 (off) to 1000")
+    levels = ("debug", "info", "warning", "error")
+    if daemon.log_level not in levels:
+        hint = did_you_mean(daemon.log_level, levels)
+        raise ConfigError(file, "daemon.log_level", "no such level", hint=hint)
+    try:
+        parse_address(f"unix:{config.control.socket}")
+    except ValueError:
+        raise ConfigError(
+            file,
+            "control.socket",
+            f"{config.control.socket} cannot be a socket's path",
+            hint="an absolute path of at most 107 bytes",
+        ) from None

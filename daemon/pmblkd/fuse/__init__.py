@@ -1,0 +1,1 @@
+"""FUSE: what file operations mean here, the libraries that deliver them, and mounts."""

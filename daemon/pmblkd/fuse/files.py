@@ -1,0 +1,137 @@
+"""What file operations mean: a directory with a file a namespace. Knows no FUSE library.
+
+Inode 1 is the directory; the namespaces follow in the order of the config. A file's size is its
+namespace's and cannot be changed, a write past the end finds no space, fsync is a flush, and the
+tree cannot be changed. Whatever is refused is an OSError with the errno that the kernel is to see.
+
+`read`, `write` and `sync` go through `Namespace.execute`, so bounds, read-only rules and
+statuses are those of every other front end.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from pmblk import Command, Namespace
+from pmblk.media import ZEROES
+from pmblk.nvme.command import FLUSH, READ, WRITE, Hole
+from pmblkd.statuses import errno_of
+
+ROOT_INODE = 1
+
+
+class Attributes(msgspec.Struct, frozen=True):
+    """What stat(2) shows. Sizes in bytes, time in nanoseconds."""
+
+    inode: int
+    mode: int
+    size: int
+    allocated: int
+    time_ns: int
+    links: int = 1
+
+
+def refuse(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Files:
+    def __init__(self, namespaces: list[Namespace]) -> None:
+        self._by_inode = dict(enumerate(namespaces, ROOT_INODE + 1))
+        self._inode_of = {namespace.name: inode for inode, namespace in self._by_inode.items()}
+        self._born_ns = time.time_ns()
+
+    # ---- the tree
+
+    def lookup(self, parent: int, name: str) -> Attributes:
+        if parent != ROOT_INODE or name not in self._inode_of:
+            raise refuse(errno.ENOENT)
+        return self.attributes(self._inode_of[name])
+
+    def attributes(self, inode: int) -> Attributes:
+        if inode == ROOT_INODE:
+            mode = stat.S_IFDIR | 0o555
+            return Attributes(inode, mode, 0, 0, self._born_ns, links=2)
+        namespace = self._namespace(inode)
+        mode = stat.S_IFREG | (0o400 if namespace.read_only else 0o600)
+        allocated = namespace.media.allocated_bytes()
+        return Attributes(inode, mode, namespace.size, allocated, self._born_ns)
+
+    def entries(self) -> Iterator[tuple[str, int]]:
+        """The directory's names with their inodes, in inode order."""
+        for inode, namespace in self._by_inode.items():
+            yield namespace.name, inode
+
+    def resize(self, inode: int, size: int) -> None:
+        """truncate(2): only to the size that the file has (fio asks for that)."""
+        if size != self._namespace(inode).size:
+            raise refuse(errno.EPERM)
+
+    def open(self, inode: int, flags: int) -> None:
+        namespace = self._namespace(inode)
+        if namespace.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise refuse(errno.EROFS)
+
+    def total_bytes(self) -> tuple[int, int]:
+        """Size and allocated bytes of all namespaces together, for statfs(2)."""
+        namespaces = self._by_inode.values()
+        allocated = sum(namespace.media.allocated_bytes() for namespace in namespaces)
+        return sum(namespace.size for namespace in namespaces), allocated
+
+    # ---- the data
+
+    async def read(self, inode: int, offset: int, length: int) -> "memoryview | bytes":
+        """Up to `length` bytes, fewer at the end of the file, none past it.
+
+        The view is the memory itself. It is valid until the next await: the caller hands it to the
+        kernel at once.
+        """
+        namespace = self._namespace(inode)
+        length = max(0, min(length, namespace.size - offset))
+        command = Command(READ, 0, offset, length)
+        await self._run(namespace, command)
+        segments = command.segments or ()
+        if len(segments) == 1:
+            (segment,) = segments
+            data = _zeroes(segment.length) if isinstance(segment, Hole) else segment
+        else:
+            data = b"".join(
+                _zeroes(segment.length) if isinstance(segment, Hole) else segment
+                for segment in segments
+            )
+        namespace.release((command,))
+        return data
+
+    async def write(self, inode: int, offset: int, data: "bytes | memoryview") -> int:
+        """All of `data`, or what fits before the end; ENOSPC when nothing does."""
+        namespace = self._namespace(inode)
+        length = min(len(data), max(0, namespace.size - offset))
+        if length == 0 and len(data):
+            raise refuse(errno.ENOSPC)
+        payload = data if length == len(data) else memoryview(data)[:length]
+        await self._run(namespace, Command(WRITE, 0, offset, length, payload=payload))
+        return length
+
+    async def sync(self, inode: int) -> None:
+        await self._run(self._namespace(inode), Command(FLUSH, 0, 0, 0))
+
+    async def _run(self, namespace: Namespace, command: Command) -> None:
+        waiting = namespace.execute((command,))
+        if waiting:
+            await namespace.complete(waiting)
+        if command.status:
+            raise refuse(errno_of(command.status, command.opcode))
+
+    def _namespace(self, inode: int) -> Namespace:
+        namespace = self._by_inode.get(inode)
+        if namespace is None:
+            raise refuse(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
+        return namespace
+
+
+def _zeroes(length: int) -> "memoryview | bytes":
+    return ZEROES[:length] if length <= len(ZEROES) else bytes(length)

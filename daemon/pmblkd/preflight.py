@@ -1,0 +1,97 @@
+"""Is the world as the config says? Looks, and changes nothing.
+
+`serve` runs it before it touches anything, so that a start that cannot succeed leaves no file, no
+socket and no mount behind; `check` runs nothing else. Each finding is a ConfigError at its key.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pmblk import PmblkError
+from pmblk.media.pmem import inspect
+from pmblkd.config import RUNTIME_DIRECTORY, Config, ConfigError, NamespaceConfig
+from pmblkd.fuse import mounts
+from pmblkd.listen import Address, UnixAddress, check_free
+
+
+def check(file: Path, config: Config) -> None:
+    """Raises ConfigError for the first thing that is not as it has to be."""
+    inodes: dict[tuple[int, int], str] = {}
+    for index, namespace in enumerate(config.namespace):
+        place = f"namespace[{index}]"
+        _check_media(file, place, namespace)
+        if namespace.file.exists():
+            status = namespace.file.stat()
+            owner = inodes.setdefault((status.st_dev, status.st_ino), namespace.name)
+            if owner != namespace.name:
+                raise ConfigError(
+                    file,
+                    f"{place}.path",
+                    f"{namespace.path} is the same file as {owner}'s",
+                    hint="give each namespace a file of its own",
+                )
+    for key, address in _sockets(config):
+        if isinstance(address, UnixAddress) and _is_ours_to_make(address.path.parent):
+            continue
+        try:
+            check_free(address)
+        except PmblkError as error:
+            raise ConfigError(file, key, error.message, hint=error.hint) from None
+    if config.fuse is not None:
+        _check_mountpoint(file, Path(config.fuse.mountpoint))
+
+
+def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
+    path = namespace.file
+    if path.exists():
+        try:
+            size = inspect(path, size=namespace.size_bytes, read_only=namespace.read_only)
+        except PmblkError as error:
+            raise ConfigError(file, f"{place}.path", error.message, hint=error.hint) from None
+        if size % namespace.lba_size:
+            raise ConfigError(
+                file,
+                f"{place}.lba_size",
+                f"{path} has {size} bytes, no multiple of it",
+                hint="choose 512, or another file",
+            )
+        return
+    if not path.parent.is_dir():
+        raise ConfigError(
+            file, f"{place}.path", f"no directory {path.parent}", hint="make it, or mend the path"
+        )
+    if namespace.size is None:
+        raise ConfigError(
+            file,
+            f"{place}.size",
+            f"missing, and there is no {path}",
+            hint='give a size ("1GiB") to create it',
+        )
+    if namespace.read_only:
+        raise ConfigError(
+            file, f"{place}.path", f"there is no {path} to read", hint="leave read_only out"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(file, f"{place}.path", f"cannot create files in {path.parent}")
+
+
+def _sockets(config: Config) -> "Iterator[tuple[str, Address]]":
+    if config.nbd is not None:
+        for index, address in enumerate(config.nbd.addresses):
+            yield f"nbd.listen[{index}]", address
+    yield "control.socket", UnixAddress(Path(config.control.socket))
+
+
+def _is_ours_to_make(directory: Path) -> bool:
+    """/run/pmblk is ours, and is made at the start when it is missing."""
+    return directory == RUNTIME_DIRECTORY and not directory.exists()
+
+
+def _check_mountpoint(file: Path, mountpoint: Path) -> None:
+    if _is_ours_to_make(mountpoint.parent):
+        return
+    try:
+        mounts.check_mountpoint(mountpoint)
+    except PmblkError as error:
+        raise ConfigError(file, "fuse.mountpoint", error.message, hint=error.hint) from None
