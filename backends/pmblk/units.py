@@ -1,6 +1,7 @@
 """Sizes in bytes, as people write them. Binary units only, as everywhere in storage."""
 
 import re
+from fractions import Fraction
 
 _SUFFIXES = {
     "": 1,
@@ -28,11 +29,10 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in _SUFFIXES:
         raise ValueError(f'{text!r} is not a size: write bytes, or KiB, MiB, GiB, TiB ("64MiB")')
-    size = float(match[1]) * _SUFFIXES[match[2].lower()]
-    whole = int(match[1]) * _SUFFIXES[match[2].lower()] if "." not in match[1] else int(size)
-    if whole != size and "." in match[1]:
+    size = Fraction(match[1]) * _SUFFIXES[match[2].lower()]
+    if size.denominator != 1:
         raise ValueError(f"{text!r} is no whole number of bytes")
-    return whole
+    return int(size)
 
 
 def format_size(size_bytes: int) -> str:

@@ -23,7 +23,8 @@ from pmblkd import (
 from pmblkd import (
     config as configuration,
 )
-from pmblkd.service import Service, StopDeadline
+from pmblkd.errors import first_leaf
+from pmblkd.service import Service, StopFailed
 
 app = cyclopts.App(
     name="pmblk",
@@ -156,19 +157,11 @@ def main() -> None:
         app(exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         _fail(f"{error}; see pmblk --help", 2)
-    except (StopDeadline, PmblkError) as error:
-        _fail(str(error), 1 if isinstance(error, StopDeadline) else 2)
-    except BaseExceptionGroup as group:
-        ours, others = group.split(PmblkError)
-        if others is not None or ours is None:
+    except (PmblkError, BaseExceptionGroup) as error:
+        reason = first_leaf(error)
+        if not isinstance(reason, PmblkError):
             raise
-        _fail(str(_leaf(ours)), 2)
-
-
-def _leaf(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group
+        _fail(str(reason), 1 if isinstance(reason, StopFailed) else 2)
 
 
 def _fail(message: str, status: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 import trio
 
 from pmblk import PmblkError
@@ -19,6 +20,8 @@ from pmblkd.listen import UnixAddress, bind
 LINE_BYTES_MAX = 64 << 10
 ANSWER_SECONDS = 10
 CLIENTS_MAX = 16  # more are closed at once: nobody needs them
+
+_log = structlog.get_logger(__name__)
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
@@ -83,6 +86,10 @@ class ControlServer:
             return {"ok": True, "result": await handler(request)}
         except PmblkError as error:
             return {"ok": False, "error": str(error)}
+        except Exception:
+            # A defect of ours in a question must not take the devices away.
+            _log.exception("control request failed", command=request.get("command"))
+            return {"ok": False, "error": "the daemon failed; its log says how"}
 
 
 def ask(path: Path, command: str, **arguments: Any) -> Any:

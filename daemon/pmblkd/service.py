@@ -35,8 +35,8 @@ from pmblkd.spin import Spinner
 _log = structlog.get_logger(__name__)
 
 
-class StopDeadline(PmblkError):
-    """The stop took too long and was cut short."""
+class StopFailed(PmblkError):
+    """The daemon served, but did not stop as it should."""
 
 
 class Service:
@@ -67,7 +67,7 @@ class Service:
                     await self._flush_namespaces()
                     nursery.cancel_scope.cancel()
         if self._serving.cancelled_caught:
-            raise StopDeadline("clients did not let go in time and were cut off")
+            raise StopFailed("clients did not let go in time and were cut off")
         _log.info("stopped")
 
     # ---- start
@@ -173,7 +173,7 @@ class Service:
             try:
                 await namespace.flush()
             except OSError as error:
-                raise PmblkError(str(error), hint="what was flushed before is safe") from error
+                raise StopFailed(str(error), hint="what was flushed before is safe") from error
 
     # ---- control
 

@@ -67,7 +67,8 @@ class AllocationMap:
                 yield Extent(position, found - position, hole=False)
                 position = found
                 continue
-            extent = self._ask(position, end)
+            # A known page may still be a hole to lseek: reserved, and not yet written.
+            extent = self._ask(position, self._next_known(position, end))
             if not extent.hole:
                 self._mark_whole_pages(extent)
             yield extent
@@ -78,6 +79,12 @@ class AllocationMap:
         first = position >> PAGE_SHIFT
         unknown = self._known.find(b"\x00", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
         return end if unknown < 0 else max(position, min(end, unknown << PAGE_SHIFT))
+
+    def _next_known(self, position: int, end: int) -> int:
+        """Where the next known page starts, at most `end`."""
+        first = position >> PAGE_SHIFT
+        known = self._known.find(b"\x01", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
+        return end if known < 0 else min(end, known << PAGE_SHIFT)
 
     def _ask(self, position: int, end: int) -> Extent:
         """One extent from the file system, at most up to `end`."""

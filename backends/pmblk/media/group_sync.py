@@ -27,7 +27,7 @@ class GroupSync:
         wanted = self._started + 1
         while self._finished < wanted:
             if self.failure is not None:
-                raise self.failure
+                raise OSError(self.failure.errno, self.failure.strerror)
             if not self._idle.is_set():
                 await self._idle.wait()
                 continue

@@ -54,11 +54,15 @@ class Media:
         self._mapping = mapping
         self.view = memoryview(mapping)
         self.store: Store = self._store_and_follow if durability.follows_stores else self._store
-        self._recall_full_file()
+        if durability.level == "memory":
+            self._recall_full_file()
 
     def _recall_full_file(self) -> None:
-        """A file without holes needs no lseek a page: its block count says so at once."""
-        if os.fstat(self._fd).st_blocks * 512 >= self.size:
+        """A file in memory without holes: its block count says so, where lseek would walk pages.
+
+        On disk the count includes the file system's own blocks, so there it proves nothing.
+        """
+        if self.allocated_bytes() >= self.size:
             self.allocation.mark(0, self.size)
 
     def _store(self, offset: int, data: "memoryview | bytes") -> None:
@@ -118,6 +122,8 @@ def create(path: Path, size: int) -> None:
             f"cannot create {path}: {error.strerror}", hint="make the directory, or mend its rights"
         ) from error
     try:
+        if syscalls.file_system(fd) == "btrfs":
+            syscalls.set_nocow(fd)
         os.ftruncate(fd, size)
         os.fsync(fd)
         _sync_directory(path.parent)
@@ -148,11 +154,8 @@ def open_media(path: Path, *, size: int | None = None, read_only: bool = False) 
     fd = _open_locked(path, size=size, read_only=read_only)
     try:
         actual = os.fstat(fd).st_size
-        if not read_only and not syscalls.can_reserve(fd):
-            raise MediaError(
-                f"{path}: {syscalls.file_system(fd)} cannot reserve space for a sparse file",
-                hint="put the file on tmpfs, hugetlbfs, ext4, xfs or btrfs",
-            )
+        if not read_only:
+            _check_reservable(path, fd)
         mapping, durability = map_and_detect(fd, actual, read_only=read_only)
         return Media(
             path, fd, size=actual, read_only=read_only, mapping=mapping, durability=durability
@@ -163,6 +166,20 @@ def open_media(path: Path, *, size: int | None = None, read_only: bool = False) 
     except MediaError:
         os.close(fd)
         raise
+
+
+def _check_reservable(path: Path, fd: int) -> None:
+    """A store must never find the file system full: that would be SIGBUS, and the end."""
+    if not syscalls.can_reserve(fd):
+        raise MediaError(
+            f"{path}: {syscalls.file_system(fd)} cannot reserve space for a sparse file",
+            hint="put the file on tmpfs, hugetlbfs, ext4, xfs or btrfs",
+        )
+    if syscalls.file_system(fd) == "btrfs" and not syscalls.is_nocow(fd):
+        raise MediaError(
+            f"{path}: btrfs copies on write, so even a reserved block may find no space",
+            hint="let pmblk create the file, or make it with: chattr +C, before its first byte",
+        )
 
 
 def inspect(path: Path, *, size: int | None = None, read_only: bool = False) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyfuse3
+import structlog
 
 from pmblk import PmblkError
 from pmblkd.fuse.files import ROOT_INODE, Attributes, Files, refuse
@@ -23,6 +24,8 @@ IO_BYTES_MAX = 1 << 20  # what libfuse negotiates for one request
 BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 64
 ATTRIBUTE_SECONDS = 1.0
+
+_log = structlog.get_logger(__name__)
 
 
 class Pyfuse3Engine:
@@ -173,8 +176,11 @@ for _name in _FIXED_TREE:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """The errno of `Files`, in pyfuse3's words."""
+    """The errno of `Files`, in pyfuse3's words; a defect of ours is EIO, not the mount's end."""
     try:
         yield
     except OSError as error:
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+    except Exception:
+        _log.exception("file operation failed")
+        raise pyfuse3.FUSEError(errno.EIO) from None

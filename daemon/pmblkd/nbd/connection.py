@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from pmblk import Command, Namespace
+from pmblkd.errors import first_leaf
 from pmblkd.nbd.handshake import Handshake, State
 from pmblkd.nbd.replies import Buffer, ReplyEncoder
 from pmblkd.nbd.requests import ProtocolError, RequestStream
@@ -64,8 +65,8 @@ class Connection:
             log.info("client connected", structured=handshake.structured)
             await self._transmit(handshake, namespaces[handshake.export.name])
             log.info("client left")
-        except (Disconnected, ProtocolError) as reason:
-            log.info("connection closed", reason=str(reason))
+        except* (Disconnected, ProtocolError) as group:
+            log.info("connection closed", reason=str(first_leaf(group)))
         finally:
             self._sock.close()
 

@@ -108,6 +108,9 @@ class NbdServer:
         try:
             handshake = Handshake(self._exports, default=self._default)
             await connection.run(handshake, self._namespaces)
+        except Exception:
+            # A defect of ours that one client ran into must not take the others' devices away.
+            _log.exception("connection failed")
         finally:
             self._connections.discard(connection)
 

@@ -1,0 +1,91 @@
+"""Fixtures of the unit tests. A test that logs a warning or worse fails, unless it expects it."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from pmblk import Command, Namespace
+from pmblk.media import Media, create, open_media
+from pmblk.nvme.command import Hole
+from pmblk.representations import make
+
+MakeNamespace = Callable[..., Namespace]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory on tmpfs: media there are of the level `memory`."""
+    with tempfile.TemporaryDirectory(prefix="pmblk-unit-", dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def make_media(directory: Path) -> Iterator[Callable[..., Media]]:
+    """Makes and opens media; closes them at the end."""
+    opened: list[Media] = []
+
+    def make_one(size: int = 1 << 20, name: str = "media.img", **options: Any) -> Media:
+        path = directory / name
+        if not path.exists():
+            create(path, size)
+        opened.append(open_media(path, **options))
+        return opened[-1]
+
+    yield make_one
+    for media in opened:
+        media.close()
+
+
+@pytest.fixture
+def make_namespace(make_media: Callable[..., Media]) -> MakeNamespace:
+    def make_one(
+        size: int = 1 << 20,
+        *,
+        kind: str = "extent",
+        options: dict[str, Any] | None = None,
+        read_only: bool = False,
+        name: str = "media.img",
+    ) -> Namespace:
+        media = make_media(size, name=name, read_only=read_only)
+        representation = make(kind, media, options or {})
+        return Namespace("ns", media, representation, lba_bytes=512)
+
+    return make_one
+
+
+def content(command: Command) -> bytes:
+    """What a finished read holds, holes as zeroes."""
+    return b"".join(
+        bytes(segment.length) if isinstance(segment, Hole) else bytes(segment)
+        for segment in command.segments or ()
+    )
+
+
+class LogRecord(list[dict[str, Any]]):
+    """What was logged; `expect` takes a record out of the check at the end of the test."""
+
+    def expect(self, event: str) -> dict[str, Any]:
+        for record in self:
+            if record["event"] == event:
+                self.remove(record)
+                return record
+        raise AssertionError(f"{event!r} was not logged: {list(self)}")
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[LogRecord]:
+    records = LogRecord()
+
+    def capture(_logger: Any, method: str, event: Any) -> Any:
+        records.append({**event, "level": method})
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[capture], cache_logger_on_first_use=False)
+    yield records
+    structlog.reset_defaults()
+    unexpected = [r for r in records if r["level"] not in ("debug", "info")]
+    assert not unexpected, f"logged, and not expected: {unexpected}"

@@ -1,0 +1,264 @@
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmblk import MediaError
+from pmblk.media import Media, create, libpmem, open_media, syscalls
+from pmblk.media.allocation import AllocationMap
+from pmblk.media.durability import PageCached, PersistentMemory, map_and_detect
+
+PAGE = 4096
+MakeMedia = Callable[..., Media]
+
+
+def test_created_media_are_sparse_and_as_long_as_asked(directory: Path) -> None:
+    create(directory / "a", 1 << 30)
+    status = (directory / "a").stat()
+    assert (status.st_size, status.st_blocks) == (1 << 30, 0)
+    assert status.st_mode & 0o777 == 0o600
+
+
+def test_creating_over_a_file_is_refused_and_leaves_it(directory: Path) -> None:
+    (directory / "a").write_bytes(b"precious")
+    with pytest.raises(MediaError, match="cannot create"):
+        create(directory / "a", PAGE)
+    assert (directory / "a").read_bytes() == b"precious"
+
+
+def test_a_file_that_cannot_be_made_so_long_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="smaller size"):
+        create(tmp_path / "a", 1 << 62)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "match"),
+    [(b"", None, "empty"), (b"x" * PAGE, 2 * PAGE, "4096 bytes long, not 8192")],
+)
+def test_media_of_a_wrong_length_are_refused(
+    directory: Path, content: bytes, size: int | None, match: str
+) -> None:
+    (directory / "a").write_bytes(content)
+    with pytest.raises(MediaError, match=match):
+        open_media(directory / "a", size=size)
+    assert (directory / "a").read_bytes() == content
+
+
+def test_what_is_no_regular_file_is_refused(directory: Path) -> None:
+    os.mkfifo(directory / "pipe")
+    with pytest.raises(MediaError, match="not a regular file"):
+        open_media(directory / "pipe")
+
+
+def test_a_second_owner_is_told_who_the_first_is(make_media: MakeMedia, directory: Path) -> None:
+    make_media()
+    with pytest.raises(MediaError, match=f"in use by process {os.getpid()}"):
+        open_media(directory / "media.img")
+
+
+def test_readers_share_media_and_keep_writers_out(make_media: MakeMedia, directory: Path) -> None:
+    create(directory / "media.img", PAGE)
+    make_media(read_only=True)
+    make_media(read_only=True)
+    with pytest.raises(MediaError, match="in use"):
+        open_media(directory / "media.img")
+
+
+def test_a_file_system_that_cannot_reserve_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    create(directory / "a", PAGE)
+    monkeypatch.setattr(syscalls, "fallocate", refuse)
+    with pytest.raises(MediaError, match="cannot reserve space"):
+        open_media(directory / "a")
+
+
+def test_a_copy_on_write_file_is_refused_on_btrfs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(directory / "a", PAGE)
+    monkeypatch.setattr(syscalls, "file_system", lambda _fd: "btrfs")
+    monkeypatch.setattr(syscalls, "is_nocow", lambda _fd: False)
+    with pytest.raises(MediaError, match=r"chattr \+C"):
+        open_media(directory / "a")
+
+
+def test_tmpfs_is_found_to_be_memory(make_media: MakeMedia) -> None:
+    durability = make_media().durability
+    assert (durability.level, durability.sync_blocks) == ("memory", False)
+    assert "tmpfs" in durability.reason
+
+
+def test_a_disk_file_system_is_found_to_need_fdatasync(tmp_path: Path) -> None:
+    create(tmp_path / "a", PAGE)
+    media = open_media(tmp_path / "a")
+    try:
+        assert isinstance(media.durability, PageCached)
+        assert "MAP_SYNC" in media.durability.reason
+    finally:
+        media.close()
+
+
+def test_a_mapping_that_takes_map_sync_is_persistent_memory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No DAX on this machine: the file system's name and the flag are stood in for, nothing else.
+
+    libpmem's flush and drain work on any memory, so the real ones run here.
+    """
+    create(directory / "a", PAGE)
+    monkeypatch.setattr(syscalls, "file_system", lambda _fd: "ext4")
+    monkeypatch.setattr("pmblk.media.durability.MAP_SYNC", 0)
+    monkeypatch.setattr("pmblk.media.durability.MAP_SHARED_VALIDATE", 1)
+    media = open_media(directory / "a")
+    try:
+        assert isinstance(media.durability, PersistentMemory)
+        flushed: list[tuple[int, int]] = []
+        library = media.durability._library
+        monkeypatch.setattr(library, "flush", lambda *range_: flushed.append(range_))
+        media.store(100, b"x" * 50)
+        address = media.durability._address
+        assert flushed == [(address + 100, 50)]
+        assert not media.durability.sync_blocks
+        media.durability.sync()
+        media.punch(0, PAGE)
+        assert media.durability.sync_blocks, "a punched hole is metadata: fdatasync"
+        media.durability.sync()
+        assert not media.durability.sync_blocks
+    finally:
+        media.close()
+
+
+def test_real_libpmem_is_installed_and_flushes_ordinary_memory(make_media: MakeMedia) -> None:
+    library = libpmem.load()
+    assert library is not None
+    media = make_media()
+    import ctypes
+
+    address = ctypes.addressof(ctypes.c_char.from_buffer(media.view))
+    library.flush(address, PAGE)
+    library.drain()
+
+
+def test_without_libpmem_a_dax_mapping_falls_back_and_says_so(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(directory / "a", PAGE)
+    monkeypatch.setattr(syscalls, "file_system", lambda _fd: "ext4")
+    monkeypatch.setattr("pmblk.media.durability.MAP_SYNC", 0)
+    monkeypatch.setattr(libpmem, "load", lambda: None)
+    fd = os.open(directory / "a", os.O_RDWR)
+    mapping, durability = map_and_detect(fd, PAGE, read_only=False)
+    mapping.close()
+    os.close(fd)
+    assert durability.level == "file"
+    assert "libpmem1" in durability.reason
+
+
+def test_reading_what_was_never_written_allocates_nothing(make_media: MakeMedia) -> None:
+    media = make_media(16 << 20)
+    before = media.allocated_bytes()
+    assert all(extent.hole for extent in media.allocation.extents(PAGE, (16 << 20) - PAGE))
+    assert media.allocated_bytes() == before
+
+
+def test_reserving_allocates_and_keeps_what_is_there(make_media: MakeMedia) -> None:
+    media = make_media()
+    media.reserve(8192, PAGE)
+    media.store(8192, b"kept")
+    media.reserve(0, 1 << 20)
+    assert bytes(media.view[8192:8196]) == b"kept"
+    assert media.allocated_bytes() == 1 << 20
+    assert media.allocation.covers(0, 1 << 20)
+
+
+def test_a_punched_range_is_zeroes_and_gives_its_pages_back(make_media: MakeMedia) -> None:
+    media = make_media()
+    media.reserve(0, 1 << 20)
+    media.store(0, b"\xff" * (1 << 20))
+    media.punch(100, 3 * PAGE)
+    assert bytes(media.view[:100]) == b"\xff" * 100
+    assert media.allocated_bytes() == (1 << 20) - 2 * PAGE
+    assert not media.allocation.covers(PAGE, PAGE)
+    assert media.allocation.covers(4 * PAGE, PAGE)
+
+
+def test_a_failed_punch_leaves_no_page_counted_as_memory(
+    make_media: MakeMedia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = make_media()
+    media.reserve(0, 1 << 20)
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.EIO, "half way")
+
+    monkeypatch.setattr(syscalls, "punch_hole", fail)
+    with pytest.raises(OSError, match="half way"):
+        media.punch(0, PAGE)
+    assert not media.allocation.covers(0, PAGE)
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["reserve", "punch", "outside write"]), st.integers(0, 40),
+              st.integers(1, 12)),
+    max_size=12,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations, st.integers(0, 40 * PAGE), st.integers(1, 12 * PAGE))
+def test_extents_tell_the_truth_after_any_history(
+    history: list[tuple[str, int, int]], offset: int, length: int
+) -> None:
+    """Against the file itself: a page is data when lseek says so."""
+    size = 64 * PAGE
+    path = Path(f"/dev/shm/pmblk-extents-{os.getpid()}")
+    create(path, size)
+    media = open_media(path)
+    try:
+        for name, page, pages in history:
+            if name == "reserve":
+                media.reserve(page * PAGE, pages * PAGE)
+                media.store(page * PAGE, b"\1" * (pages * PAGE))
+            elif name == "punch":
+                media.punch(page * PAGE, pages * PAGE)
+            else:
+                with path.open("r+b") as file:
+                    file.seek(page * PAGE)
+                    file.write(b"\2" * (pages * PAGE))
+        truth = AllocationMap(media._fd, size)  # knows nothing: asks lseek for everything
+        for _ in range(2):  # the second time from what the first remembered
+            extents = list(media.allocation.extents(offset, length))
+            assert extents[0].offset == offset
+            assert sum(extent.length for extent in extents) == length
+            expected = [e.hole for e in truth.extents(offset, length) for _ in range(e.length)]
+            found = [e.hole for e in extents for _ in range(e.length)]
+            assert found == expected
+    finally:
+        media.close()
+        path.unlink()
+
+
+def test_opening_400_gib_is_quick_and_small(directory: Path) -> None:
+    """The map of known pages is lazy: no byte of it is touched for pages nobody used."""
+    create(directory / "a", 400 << 30)
+
+    def resident_kib() -> int:
+        fields = Path("/proc/self/status").read_text().split()
+        return int(fields[fields.index("RssAnon:") + 1])
+
+    before = resident_kib()
+    media = open_media(directory / "a")
+    try:
+        assert not media.allocation.covers(399 << 30, PAGE)
+        assert resident_kib() - before < 1024
+    finally:
+        media.close()
