@@ -8,7 +8,7 @@ them. A front end therefore replies to most commands without leaving its stack f
 Rules that live here and nowhere else:
 
 1. A write reserves its pages before it stores; a read never touches a hole (`pmblk.media`).
-2. A discard or zeroing longer than `INLINE_BYTES` runs in a worker thread. While it does, its
+2. A discard or zeroing longer than `INLINE_BYTES` takes its time (`pmblk.zeroing`). Meanwhile its
    range is fenced: commands that overlap it wait, so no store can meet a page on its way out.
 3. A FLUSH covers every command that was completed before `execute` saw it. FUA covers its own.
 4. After a sync has failed, every later write and flush fails: nothing can prove what is durable.
@@ -18,11 +18,11 @@ Between two awaits everything here is atomic, since all of it runs on one event 
 
 import errno
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import msgspec
 import trio
 
+from pmblk.fences import Fences
 from pmblk.media.group_sync import GroupSync
 from pmblk.media.pmem import Media
 from pmblk.nvme.command import (
@@ -43,22 +43,13 @@ from pmblk.nvme.command import (
     Segment,
 )
 from pmblk.nvme.status import Status, from_oserror
-from pmblk.ranges import Extent, merge_extents, overlap, slices
+from pmblk.ranges import Extent, merge_extents, slices
 from pmblk.representations.base import Lease, Representation
+from pmblk.zeroing import INLINE_BYTES, Zeroing
 
-INLINE_BYTES = 4 << 20  # punching 4 MiB of tmpfs takes about 1 ms, a thread hop 0.1 ms
-SLICE_BYTES = 256 << 20  # a long discard is cut, so that a stop does not wait for all of it
 EXTENTS_MAX = 4096  # one answer to GET_LBA_STATUS; the client asks again from its end
 
 _DONE: tuple[Command, ...] = ()
-
-
-class Fence(NamedTuple):
-    """A range that a worker thread is changing."""
-
-    offset: int
-    length: int
-    lifted: trio.Event
 
 
 class Counters(msgspec.Struct):
@@ -89,7 +80,8 @@ class Namespace:
         self.read_only = media.read_only
         self.counters = Counters()
         self._covers = media.allocation.covers
-        self._fences: list[Fence] = []
+        self._fences = Fences()
+        self._zeroing = Zeroing(media, representation)
         self._sync = GroupSync(media.durability.sync)
         self._released = trio.Event()
         self.starved = 0  # commands that wait for a lease to be released
@@ -134,7 +126,6 @@ class Namespace:
                     and covers(offset, length)
                     and write(offset, payload)
                 ):
-                    command.payload = None
                     writes += 1
                     write_bytes += length
                     continue
@@ -169,16 +160,13 @@ class Namespace:
         """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
         self.counters.waits += len(waiting)
         for command in waiting:
-            if command.payload is not None:
+            if command.payload is not None and not command.applied:
                 command.payload = bytes(command.payload)
         return waiting
 
     def _try(self, command: Command) -> bool:
         """Finish the command now if it can be; False when it must wait."""
-        if self._fences and any(
-            overlap(command.offset, command.length, fence.offset, fence.length)
-            for fence in self._fences
-        ):
+        if self._fences and self._fences.overlap(command.offset, command.length):
             return False
         status = self._guard(command)
         if status:
@@ -247,13 +235,9 @@ class Namespace:
             self.media.reserve(command.offset, command.length)
         if not self.representation.write(command.offset, payload):
             return False
-        self._count_write(command)
-        return not command.flags & FUA or self._persist_now(command)
-
-    def _count_write(self, command: Command) -> None:
         self.counters.writes += 1
         self.counters.write_bytes += command.length
-        command.payload = None  # taken: a command that waits from here on waits for durability
+        return not command.flags & FUA or self._persist_now(command)
 
     def _read(self, command: Command) -> bool:
         """A read with holes in it, or one that is too large to hold at once."""
@@ -299,35 +283,28 @@ class Namespace:
         """FUA after the store: its bytes to the media, and durable at once if that is free."""
         self.representation.write_back(command.offset, command.length)
         if self.media.durability.sync_blocks:
+            command.applied = True
             return False
         self.media.durability.sync()
         return True
 
     def _clear(self, command: Command) -> bool:
-        """WRITE_ZEROES and deallocation: a hole where that can be, zeroes in memory where not."""
+        """WRITE_ZEROES and deallocation, which this device answers with zeroes too."""
         zeroing = command.opcode == WRITE_ZEROES
-        in_memory = bool(command.flags & ALLOCATE) or not self.media.punches
-        if zeroing and in_memory and command.flags & FAST_ONLY:
+        allocate = self._must_allocate(command)
+        if zeroing and allocate and command.flags & FAST_ONLY:
             command.status = Status.FAST_ZERO_NOT_POSSIBLE
             return True
-        if not zeroing and in_memory:
+        if not zeroing and allocate:
             return True  # deallocation is a hint, and this file system has no holes
         if command.length > INLINE_BYTES:
             return False
-        self._clear_range(command, command.offset, command.length)
-        return self._cleared(command)
-
-    def _clear_range(self, command: Command, offset: int, length: int) -> None:
-        if command.flags & ALLOCATE or not self.media.punches:
-            self.media.reserve(offset, length)
-            self.representation.zero(offset, length)
-        else:
-            self.representation.forget(offset, length)
-            self.media.punch(offset, length)
-
-    def _cleared(self, command: Command) -> bool:
+        self._zeroing.now(command.offset, command.length, allocate=allocate)
         self.counters.zeroed_bytes += command.length
         return not command.flags & FUA or self._persist_now(command)
+
+    def _must_allocate(self, command: Command) -> bool:
+        return bool(command.flags & ALLOCATE) or not self.media.punches
 
     def _lba_status(self, command: Command) -> list[Extent]:
         limit = 1 if command.flags & FIRST_EXTENT else EXTENTS_MAX
@@ -348,40 +325,27 @@ class Namespace:
         """
         to_sync: list[Command] = []
         for command in commands:
-            if command.opcode != FLUSH and not self._is_stored(command):
+            if command.opcode != FLUSH and not command.applied:
                 await self._finish_slowly(command)
-            if not command.status and (command.opcode == FLUSH or command.flags & FUA):
+            if not command.status and (command.opcode == FLUSH or command.applied):
                 to_sync.append(command)
         if to_sync:
             await self._sync_for(to_sync)
 
-    @staticmethod
-    def _is_stored(command: Command) -> bool:
-        return command.opcode == WRITE and command.payload is None
-
     async def _finish_slowly(self, command: Command) -> None:
-        while not command.status:
-            await self._lifted(command)
-            limit = self.representation.io_bytes_max
+        """All but the durability of a command."""
+        limit = self.representation.io_bytes_max
+        while True:
+            await self._fences.lifted(command.offset, command.length)
+            if self._try(command) or command.applied:
+                return
             if command.opcode in (WRITE_ZEROES, DATASET_MANAGEMENT):
                 await self._clear_slowly(command)
                 return
             if limit is not None and command.length > limit:
                 await self._transfer_in_pieces(command, limit)
                 return
-            if self._try(command) or self._is_stored(command):
-                return
-            await self._lease_released()  # no await since `_lifted`: only a lease can be missing
-
-    async def _lifted(self, command: Command) -> None:
-        """Wait until no fence overlaps the command."""
-        while True:
-            for fence in self._fences:
-                if overlap(command.offset, command.length, fence.offset, fence.length):
-                    await fence.lifted.wait()
-                    break
-            else:
-                return
+            await self._lease_released()  # no await since the fences: only a lease can be missing
 
     async def _lease_released(self) -> None:
         released = self._released
@@ -392,31 +356,18 @@ class Namespace:
             self.starved -= 1
 
     async def _clear_slowly(self, command: Command) -> None:
-        """A fence, then slice by slice: punched in a thread, or zeroed in memory with pauses."""
-        command.status = self._guard(command)
-        if command.status:
-            return
-        fence = Fence(command.offset, command.length, trio.Event())
-        self._fences.append(fence)
+        offset, length = command.offset, command.length
         try:
-            await self._clear_in_slices(command)
+            with self._fences.around(offset, length):
+                allocate = self._must_allocate(command)
+                await self._zeroing.slowly(offset, length, allocate=allocate)
         except OSError as error:
             self._fail(command, error)
-        finally:
-            self._fences.remove(fence)
-            fence.lifted.set()
-
-    async def _clear_in_slices(self, command: Command) -> None:
-        in_memory = bool(command.flags & ALLOCATE) or not self.media.punches
-        slice_bytes = INLINE_BYTES if in_memory else SLICE_BYTES
-        for offset, length in slices(command.offset, command.length, slice_bytes=slice_bytes):
-            if in_memory:
-                self._clear_range(command, offset, length)
-                await trio.lowlevel.checkpoint()
-            else:
-                self.representation.forget(offset, length)
-                await trio.to_thread.run_sync(self.media.punch, offset, length)
-        self.counters.zeroed_bytes += command.length
+            return
+        self.counters.zeroed_bytes += length
+        if command.flags & FUA:
+            self.representation.write_back(offset, length)
+            command.applied = True
 
     async def _transfer_in_pieces(self, command: Command, limit: int) -> None:
         """More than the representation can hold at once: through a buffer of the command's own."""
@@ -442,9 +393,9 @@ class Namespace:
                 return
         if reading:
             command.segments = [view]
-        else:
-            command.payload = None
+        elif command.flags & FUA:
             self.representation.write_back(command.offset, command.length)
+            command.applied = True
 
     @staticmethod
     def _copy_segments(command: Command, target: memoryview) -> None:

@@ -38,6 +38,16 @@ def round_out(offset: int, length: int, *, unit: int) -> tuple[int, int]:
     return first, ((offset + length + unit - 1) & -unit) - first
 
 
+def whole_units(offset: int, length: int, *, unit: int, limit: int) -> tuple[int, int]:
+    """Start and end of the whole units (a power of two) inside the range; start > end: none.
+
+    A last unit that `limit` cuts short counts as whole.
+    """
+    end = offset + length
+    start = (offset + unit - 1) & -unit
+    return start, end if end == limit else end & -unit
+
+
 def merge_extents(extents: Iterator[Extent]) -> Iterator[Extent]:
     """Neighbours of one kind become one extent; the input is sorted and without gaps."""
     current: Extent | None = None

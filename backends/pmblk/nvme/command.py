@@ -73,4 +73,5 @@ class Command(msgspec.Struct, gc=False):
     status: int = 0
     segments: "Sequence[Segment] | None" = None
     extents: "list[Extent] | None" = None
+    applied: bool = False  # done but for its durability (FUA), which it waits for
     lease: Any = None  # what the representation holds for `segments`; opaque to front ends

@@ -91,7 +91,9 @@ class Files:
         kernel at once.
         """
         namespace = self._namespace(inode)
-        length = max(0, min(length, namespace.size - offset))
+        length = min(length, namespace.size - offset)
+        if length <= 0:
+            return b""
         command = Command(READ, 0, offset, length)
         await self._run(namespace, command)
         segments = command.segments or ()

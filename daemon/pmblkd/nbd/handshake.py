@@ -86,6 +86,7 @@ class Handshake:
         self._options = 0
         self._context_export: str | None = None
         self._handlers: Mapping[int, Callable[[bytes], Iterator[bytes]]] = {
+            Opt.EXPORT_NAME: self._export_name,
             Opt.ABORT: self._abort,
             Opt.LIST: self._list,
             Opt.INFO: self._info,
@@ -147,8 +148,6 @@ class Handshake:
             return None
         data = bytes(self._buffer[wire.OPTION.size : end])
         del self._buffer[:end]
-        if option == Opt.EXPORT_NAME:
-            return self._export_name(data)
         return self._answer(option, data)
 
     def _answer(self, option: int, data: bytes) -> bytes:
@@ -158,18 +157,19 @@ class Handshake:
         try:
             return b"".join(handler(data))
         except _Refused as refusal:
+            if option == Opt.EXPORT_NAME:
+                return self._close(f"EXPORT_NAME has no error reply: {refusal.message}")
             return _reply(option, refusal.reply, refusal.message.encode())
 
     # ---- one option each: yield the replies, raise _Refused for an error reply
 
-    def _export_name(self, data: bytes) -> bytes:
-        export = self._find(_text(data))
-        if export is None:
-            return self._close(f"no export {data!r}, and EXPORT_NAME has no error reply")
-        self._choose(export)
+    def _export_name(self, data: bytes) -> Iterator[bytes]:
+        export = self._known(_text(data))
         flags = export.transmission_flags(structured=self.structured)
-        padding = b"" if self._no_zeroes else wire.EXPORT_NAME_PADDING
-        return wire.EXPORT_NAME_REPLY.pack(export.size, flags) + padding
+        yield wire.EXPORT_NAME_REPLY.pack(export.size, flags)
+        if not self._no_zeroes:
+            yield wire.EXPORT_NAME_PADDING
+        self._choose(export)
 
     def _abort(self, data: bytes) -> Iterator[bytes]:
         self._close("the client said ABORT")
@@ -237,11 +237,8 @@ class Handshake:
 
     # ---- what the options share
 
-    def _find(self, name: str) -> Export | None:
-        return self._exports.get(name or self._default)
-
     def _known(self, name: str) -> Export:
-        export = self._find(name)
+        export = self._exports.get(name or self._default)
         if export is None:
             raise _Refused(Rep.ERR_UNKNOWN, f'no export "{name}"')
         return export

@@ -1,0 +1,49 @@
+"""Ranges that a worker thread is changing: commands that overlap one wait until it is lifted."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import trio
+
+from pmblk.ranges import overlap
+
+
+class _Fence(NamedTuple):
+    offset: int
+    length: int
+    lifted: trio.Event
+
+
+class Fences:
+    """False when there is none, which is nearly always: the path of an I/O asks only that."""
+
+    def __init__(self) -> None:
+        self._fences: list[_Fence] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._fences)
+
+    def overlap(self, offset: int, length: int) -> bool:
+        return self._first(offset, length) is not None
+
+    async def lifted(self, offset: int, length: int) -> None:
+        """No fence overlaps the range when this returns; it may return without a checkpoint."""
+        while (fence := self._first(offset, length)) is not None:
+            await fence.lifted.wait()
+
+    @contextlib.contextmanager
+    def around(self, offset: int, length: int) -> Iterator[None]:
+        fence = _Fence(offset, length, trio.Event())
+        self._fences.append(fence)
+        try:
+            yield
+        finally:
+            self._fences.remove(fence)
+            fence.lifted.set()
+
+    def _first(self, offset: int, length: int) -> _Fence | None:
+        for fence in self._fences:
+            if overlap(offset, length, fence.offset, fence.length):
+                return fence
+        return None

@@ -1,0 +1,205 @@
+"""The rules of the config; that the command line says them in one line is tested end to end."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pmblkd import config as configuration
+from pmblkd.config import Config, ConfigError, load
+from pmblkd.listen import TcpAddress, UnixAddress, parse_address
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GOOD = """
+[[namespace]]
+name = "ns1"
+path = "/dev/shm/ns1.img"
+size = "1GiB"
+[nbd]
+listen = ["unix:/run/pmblk/nbd.sock"]
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    file = directory / "test.toml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
+def test_every_config_that_is_shipped_loads(file: Path) -> None:
+    assert load(file).namespace
+
+
+def keys_of(table: Any) -> set[str]:
+    return set(table.__struct_fields__)
+
+
+def test_the_full_config_has_every_key() -> None:
+    raw = tomllib.loads((CONFIGS / "full.toml").read_text())
+    assert set(raw) == keys_of(Config)
+    assert set(raw["namespace"][0]) == keys_of(configuration.NamespaceConfig)
+    for name, table in (
+        ("nbd", configuration.NbdConfig),
+        ("fuse", configuration.FuseConfig),
+        ("control", configuration.ControlConfig),
+        ("daemon", configuration.DaemonConfig),
+    ):
+        assert set(raw[name]) == keys_of(table), name
+
+
+def test_the_full_config_shows_the_defaults() -> None:
+    full = load(CONFIGS / "full.toml")
+    assert full.control == configuration.ControlConfig()
+    assert full.daemon == configuration.DaemonConfig()
+    assert full.nbd is not None
+    assert full.fuse is not None
+    assert full.nbd.max_connections == configuration.NbdConfig(listen=[]).max_connections
+    assert full.default_export == msgspec.structs.replace(full, nbd=None).default_export
+    assert full.fuse.allow_other == configuration.FuseConfig(mountpoint="").allow_other
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "message"),
+    [
+        ("size =", "sise =", "namespace[0].sise", 'did you mean "size"'),
+        ("[nbd]", "[nbs]", "nbs", 'did you mean "nbd"'),
+        ('name = "ns1"', "name = 7", "namespace[0].name", "expected str, got int; found 7"),
+        ('name = "ns1"', 'name = "a/b"', "namespace[0].name", "cannot be a name"),
+        ('name = "ns1"', "", "namespace[0].name", "missing"),
+        ('"1GiB"', '"1GB"', "namespace[0].size", "is not a size"),
+        ('"1GiB"', "0", "namespace[0].size", "at least one block"),
+        ('"1GiB"', "5000", "namespace[0].size", "4096 would be"),
+        ('"1GiB"', '"1GiB"\nlba_size = 1024', "namespace[0].lba_size", "512 or 4096"),
+        ('"/dev/shm/ns1.img"', '"ns1.img"', "namespace[0].path", "start it with /"),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = "extend"',
+            "namespace[0].representation",
+            'did you mean "extent"',
+        ),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = {kind = "page-cache", area = 1}',
+            "namespace[0].representation.area",
+            'did you mean "arena"',
+        ),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = {kind = "extent", arena = 1}',
+            "namespace[0].representation.arena",
+            "extent has no options",
+        ),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = {kind = "page-cache", arena = "3KiB"}',
+            "namespace[0].representation",
+            "at least 1MiB",
+        ),
+        ('["unix:/run/pmblk/nbd.sock"]', "[]", "nbd.listen", "is empty"),
+        ('["unix:/run/pmblk/nbd.sock"]', '["unix:x"]', "nbd.listen[0]", "no address"),
+        ('["unix:/run/pmblk/nbd.sock"]', '["tcp:h:1", "tcp:h:1"]', "nbd.listen", "twice"),
+        ("listen", 'default = "ns2"\nlisten', "nbd.default", 'did you mean "ns1"'),
+        ("listen", "max_connections = 0\nlisten", "nbd.max_connections", "at least 1"),
+        ("[nbd]", '[fuse]\nmountpoint = "mnt"\n[nbd]', "fuse.mountpoint", "start it with /"),
+        ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "more than 0"),
+        ("[nbd]", "[daemon]\nbusy_poll_us = 5000\n[nbd]", "daemon.busy_poll_us", "1000"),
+        ("[nbd]", '[daemon]\nlog_level = "warn"\n[nbd]', "daemon.log_level", '"warning"'),
+        ("[nbd]", '[control]\nsocket = "x"\n[nbd]', "control.socket", "absolute path"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_key_and_a_hint(
+    tmp_path: Path, old: str, new: str, key: str, message: str
+) -> None:
+    assert old in GOOD
+    file = write(tmp_path, GOOD.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: {key}: "), text
+    assert message in text
+
+
+def second(path: str, name: str = "ns2") -> str:
+    return GOOD + f'[[namespace]]\nname = "{name}"\npath = "{path}"\nsize = "1MiB"\n'
+
+
+def test_two_namespaces_on_one_file_are_refused_whatever_the_path_looks_like(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "link").symlink_to("/dev/shm/ns1.img")
+    for path in ("/dev/shm/ns1.img", "/dev/shm/../shm/ns1.img", str(tmp_path / "link")):
+        with pytest.raises(ConfigError, match="already belongs to ns1"):
+            load(write(tmp_path, second(path)))
+
+
+def test_names_are_unique(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='a second "ns1"'):
+        load(write(tmp_path, second("/dev/shm/other.img", name="ns1")))
+
+
+def test_a_config_that_exports_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing is exported"):
+        load(write(tmp_path, GOOD.split("[nbd]")[0]))
+
+
+@pytest.mark.parametrize("text", ["namespace = [", "\xff", "namespace = []"])
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=str(file)):
+        load(file)
+
+
+def test_overrides_reach_into_tables_and_namespaces(tmp_path: Path) -> None:
+    config = load(
+        write(tmp_path, GOOD),
+        [
+            "nbd.max_connections=3",
+            "namespace.ns1.size=2GiB",
+            "namespace.0.read_only=true",
+            'nbd.listen=["tcp:127.0.0.1:1"]',
+            "fuse.mountpoint=/mnt/x",
+        ],
+    )
+    assert config.nbd is not None
+    assert config.fuse is not None
+    assert config.nbd.max_connections == 3
+    assert config.nbd.listen == ["tcp:127.0.0.1:1"]
+    assert (config.namespace[0].size, config.namespace[0].read_only) == ("2GiB", True)
+    assert config.fuse.mountpoint == "/mnt/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nbd.max_connections", "no value"),
+        ("namespace.ns9.size=1", "no namespace ns9"),
+        ("namespace=3", "expected"),
+        ("nbd.listen.x=3", "nothing is below|no namespace|names a list"),
+        ("nbd.maxconnections=3", "max_connections"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, GOOD), [override])
+
+
+def test_addresses_are_read_and_written() -> None:
+    for text, address in {
+        "unix:/a/b": UnixAddress(Path("/a/b")),
+        "tcp:127.0.0.1:10809": TcpAddress("127.0.0.1", 10809),
+        "tcp:[::1]:1": TcpAddress("::1", 1),
+    }.items():
+        assert parse_address(text) == address
+        assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "unix:rel", "tcp:host", "tcp::1", "tcp:h:99999", "udp:h:1", "unix:/" + "x" * 120]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"address|at most"):
+        parse_address(text)

@@ -1,0 +1,209 @@
+"""A connection over a socket pair: what waits, what is stuck, and how it ends."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from pmblk import Command, Namespace
+from pmblkd.nbd import connection as connection_module
+from pmblkd.nbd.connection import Connection
+from pmblkd.nbd.handshake import Export, Handshake
+from pmblkd.spin import Spinner
+from tests.unit import nbd_client as client
+from tests.unit.conftest import MakeNamespace
+
+READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, trio.socket.SocketType]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    yield ours, trio.socket.from_stdlib_socket(theirs)
+    ours.close()
+    theirs.close()
+
+
+def handshake(namespace: Namespace) -> Handshake:
+    export = Export("ns", "", namespace.size, read_only=False, preferred_block=4096)
+    return Handshake({"ns": export}, default="ns")
+
+
+async def receive_exactly(sock: trio.socket.SocketType, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = await sock.recv(length - len(data))
+        assert piece, f"ended after {len(data)} of {length} bytes"
+        data += piece
+    return data
+
+
+async def go(sock: trio.socket.SocketType) -> None:
+    """The least handshake: EXPORT_NAME, so that replies are simple."""
+    await receive_exactly(sock, 18)
+    await sock.send(client.flags() + client.option(1, b"ns"))
+    await receive_exactly(sock, 10)
+
+
+class SlowFlush:
+    """A namespace whose flush takes until it is let."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.go_on = trio.Event()
+        self.batches: list[int] = []
+        self._execute = namespace.execute
+        namespace.execute = self.execute  # type: ignore[method-assign, assignment]
+        namespace.complete = self.complete  # type: ignore[method-assign, assignment]
+
+    def execute(self, commands: list[Command]) -> list[Command]:
+        flushes = [command for command in commands if command.opcode == 0]
+        self._execute([command for command in commands if command.opcode != 0])
+        return flushes
+
+    async def complete(self, commands: list[Command]) -> None:
+        self.batches.append(len(commands))
+        await self.go_on.wait()
+
+
+async def test_a_flush_that_waits_holds_up_no_later_read(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace()
+    slow = SlowFlush(namespace)
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await theirs.send(client.request(FLUSH, 1) + client.request(READ, 2, 0, 4))
+        assert client.replies(await receive_exactly(theirs, 20), {2: 4})[0].cookie == 2
+        await theirs.send(client.request(FLUSH, 3) + client.request(FLUSH, 4))
+        await trio.testing.wait_all_tasks_blocked()
+        slow.go_on.set()
+        flushed = client.replies(await receive_exactly(theirs, 48), {})
+        assert [reply.cookie for reply in flushed] == [1, 3, 4]
+        assert slow.batches == [1, 2], "those that came meanwhile are completed together"
+        await theirs.send(client.request(DISC))
+
+
+async def test_disc_answers_what_waits_before_it_closes(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace()
+    slow = SlowFlush(namespace)
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await theirs.send(client.request(FLUSH, 1) + client.request(DISC))
+        await trio.testing.wait_all_tasks_blocked()
+        slow.go_on.set()
+        assert client.replies(await receive_exactly(theirs, 16), {})[0].cookie == 1
+        assert await theirs.recv(1) == b""
+
+
+async def test_a_stop_answers_what_has_arrived_and_ends(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace()
+    ours, theirs = pair
+    served = Connection(ours, peer="test", spinner=Spinner(0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await trio.testing.wait_all_tasks_blocked()
+        await theirs.send(client.request(READ, 5, 0, 4))
+        served.stop()
+        assert client.replies(await receive_exactly(theirs, 20), {5: 4})[0].cookie == 5
+        assert await theirs.recv(1) == b""
+
+
+async def test_a_client_that_vanishes_while_its_flush_waits_ends_quietly(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace()
+    slow = SlowFlush(namespace)
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await theirs.send(client.request(FLUSH, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        theirs.close()
+        slow.go_on.set()
+    assert namespace.representation.leases == 0
+
+
+async def test_a_client_that_never_reads_is_not_received_from_and_keeps_its_leases_bounded(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace()
+    namespace.media.reserve(0, namespace.size)
+    ours, theirs = pair
+    requests = b"".join(client.request(READ, n, 0, namespace.size) for n in range(2000))
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        with trio.move_on_after(0.2):
+            while requests:
+                requests = requests[await theirs.send(requests) :]
+        await trio.testing.wait_all_tasks_blocked()
+        assert 0 < namespace.representation.leases <= 512
+        theirs.close()
+    assert namespace.representation.leases == 0
+
+
+async def test_a_slow_reader_loses_its_connection_when_others_wait_for_its_memory(
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    namespace = make_namespace()
+    namespace.media.reserve(0, namespace.size)
+    namespace.starved = 1
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await theirs.send(b"".join(client.request(READ, n, 0, namespace.size) for n in range(20)))
+    waited = trio.current_time()
+    assert connection_module.LEASE_PATIENCE_SECONDS <= waited < 60
+    assert namespace.representation.leases == 0
+
+
+async def test_no_handshake_in_time_closes(
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    namespace = make_namespace()
+    served = Connection(pair[0], peer="test", spinner=Spinner(0))
+    await served.run(handshake(namespace), {"ns": namespace})
+    assert await receive_exactly(pair[1], 18)
+    assert await pair[1].recv(1) == b""
+
+
+async def test_a_busy_client_is_answered_from_the_spin(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    """One request at a time: after the first short wait the next ones need no turn of the loop."""
+    namespace = make_namespace()
+    namespace.media.reserve(0, 4096)
+    ours, theirs = pair
+    spinner = Spinner(1000)
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=spinner)
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        for cookie in range(20):
+            await theirs.send(client.request(READ, cookie, 0, 4))
+            await receive_exactly(theirs, 20)
+        await theirs.send(client.request(DISC))
+    assert namespace.counters.reads == 20
