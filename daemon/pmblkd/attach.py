@@ -45,6 +45,7 @@ def detach(namespace: Mapping[str, Any]) -> list[Path]:
         devices += detach_file(Path(namespace["fuse"]["path"]))
     for device, name in _nbd_devices():
         if name == namespace["name"]:
+            _refuse_mounted(device)
             _run("nbd-client", "-d", str(device))
             devices.append(device)
     return devices
@@ -122,13 +123,6 @@ def _switch_discard_off(device: Path) -> None:
         raise PmblkError(f"cannot switch discard off on {device}: {error.strerror}") from error
 
 
-def _refuse_mounted(device: Path) -> None:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[fields.index("-") + 2] == str(device):
-            raise PmblkError(f"{device} is mounted on {fields[4]}", hint=f"run: umount {fields[4]}")
-
-
 def _wait_detached(device: Path, file: Path) -> None:
     """The kernel detaches when the last user lets go, udev's probing included."""
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -164,7 +158,12 @@ def nbd_client_arguments(namespace: Mapping[str, Any], device: Path) -> Sequence
         assert match is not None, uris[0]
         server = [match[1], match[2]]
     size = str(namespace["lba_size"])
-    return [*server, str(device), "-name", namespace["name"], "-block-size", size]
+    options = ["-name", namespace["name"], "-block-size", size]
+    # With netlink nbd-client is gone at once, and nobody could say which export the device has.
+    options.append("-nonetlink")
+    if namespace["read_only"]:
+        options.append("-readonly")
+    return [*server, str(device), *options]
 
 
 def _nbd_devices() -> list[tuple[Path, str]]:
@@ -190,6 +189,13 @@ def _free_nbd_device() -> Path:
         if not (entry / "pid").exists():
             return Path("/dev") / entry.name
     raise PmblkError("every nbd device is in use", hint="detach one")
+
+
+def _refuse_mounted(device: Path) -> None:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[fields.index("-") + 2] == str(device):
+            raise PmblkError(f"{device} is mounted on {fields[4]}", hint=f"run: umount {fields[4]}")
 
 
 def _run(program: str, *arguments: str) -> str:

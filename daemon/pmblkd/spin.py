@@ -7,6 +7,7 @@ loop from the other one. The kernel does the same for network devices (SO_BUSY_P
 """
 
 SMALL_BATCH = 2
+TURN_SPINS = 32  # then the event loop gets a turn, for whoever else has something to do
 SHORT_WAIT_SECONDS = 0.5e-3
 
 
@@ -22,12 +23,17 @@ class Spinner:
         self.seconds = busy_poll_us / 1e6
         self._last_user: object = None
         self._promising = False
+        self._spins = 0
 
     def worth_it(self, user: object) -> bool:
         """Whether `user` should spin now; asking also tells that it is busy."""
         alone = self._last_user is user
         self._last_user = user
-        return alone and self._promising and self.last_batch <= SMALL_BATCH and self.seconds > 0
+        self._spins += 1
+        if not alone or self._spins > TURN_SPINS:
+            self._spins = 0
+            return False
+        return self._promising and self.last_batch <= SMALL_BATCH and self.seconds > 0
 
     def waited(self, seconds: float) -> None:
         """A wait in the event loop took this long."""

@@ -153,9 +153,9 @@ def test_mounts_are_found_by_their_exact_path() -> None:
     ],
 )
 def test_nbd_client_is_told_where_and_what(uris: list[str], arguments: list[str]) -> None:
-    namespace = {"name": "ns1", "lba_size": 4096, "nbd": uris}
+    namespace = {"name": "ns1", "lba_size": 4096, "nbd": uris, "read_only": False}
     told = list(attach.nbd_client_arguments(namespace, Path("/dev/nbd0")))
-    assert told == [*arguments, "-name", "ns1", "-block-size", "4096"]
+    assert told == [*arguments, "-name", "ns1", "-block-size", "4096", "-nonetlink"]
 
 
 def test_a_namespace_without_a_file_cannot_be_attached_through_loop() -> None:

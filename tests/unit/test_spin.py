@@ -1,4 +1,4 @@
-from pmblkd.spin import Spinner
+from pmblkd.spin import TURN_SPINS, Spinner
 
 
 def promising(busy_poll_us: int = 50) -> Spinner:
@@ -35,6 +35,14 @@ def test_a_miss_ends_it_and_a_short_wait_gives_it_back() -> None:
     assert not spinner.worth_it(user)
     spinner.waited(0.0001)
     assert spinner.worth_it(user)
+
+
+def test_a_client_that_always_hits_still_gives_the_loop_its_turns() -> None:
+    spinner, user = promising(), object()
+    answers = [spinner.worth_it(user) for _ in range(10 * TURN_SPINS)]
+    assert answers.count(True) > 9 * TURN_SPINS
+    for start in range(len(answers) - TURN_SPINS):
+        assert not all(answers[start : start + TURN_SPINS + 1])
 
 
 def test_zero_switches_it_off() -> None:
