@@ -142,16 +142,16 @@ class Namespace:
 
     def release(self, commands: Iterable[Command]) -> None:
         """The replies have left: the segments of these commands are not looked at any more."""
-        release = self.representation.release
+        leases: list[Lease] = []
         for command in commands:
             lease = command.lease
             if lease is not None:
-                command.lease = command.segments = None
+                command.lease = None
                 if type(lease) is tuple:
-                    for part in lease:
-                        release(part)
+                    leases += lease
                 else:
-                    release(lease)
+                    leases.append(lease)
+        self.representation.release(leases)
         if self.starved:
             self._released.set()
             self._released = trio.Event()
@@ -253,8 +253,7 @@ class Namespace:
                 continue
             lease = self.representation.hold(extent.offset, extent.length)
             if lease is None:
-                for held in leases:
-                    self.representation.release(held)
+                self.representation.release(leases)
                 return False
             segments += lease
             leases.append(lease)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from pmblk import Command, Namespace
 from pmblk.media import Media, create, open_media
@@ -14,6 +15,10 @@ from pmblk.nvme.command import Hole
 from pmblk.representations import make
 
 MakeNamespace = Callable[..., Namespace]
+
+# No deadline: a busy machine is no defect. The blob makes a failing example repeatable anywhere.
+settings.register_profile("pmblk", deadline=None, print_blob=True)
+settings.load_profile("pmblk")
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ operations = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(operations, st.integers(0, 40 * PAGE), st.integers(1, 12 * PAGE))
 def test_extents_tell_the_truth_after_any_history(
     history: list[tuple[str, int, int]], offset: int, length: int

@@ -125,7 +125,7 @@ class Checker:
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps, st.sampled_from([SIZE, SIZE_ODD]), st.booleans())
 def test_any_mix_of_commands_reads_as_the_model(
     kind: str, options: dict[str, Any], history: list[Any], size: int, punches: bool

@@ -15,6 +15,7 @@ The invariants that the contract test holds every kind to:
 """
 
 import abc
+from collections.abc import Sequence
 from typing import ClassVar
 
 import msgspec
@@ -47,9 +48,9 @@ class Representation(abc.ABC):
         their lengths add up to `length`.
         """
 
-    def release(self, lease: Lease) -> None:
-        """The I/O is done; the views must not be used any more."""
-        self.leases -= 1
+    def release(self, leases: Sequence[Lease]) -> None:
+        """These I/Os are done; their views must not be used any more."""
+        self.leases -= len(leases)
 
     @abc.abstractmethod
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:

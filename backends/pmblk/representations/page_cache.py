@@ -12,6 +12,7 @@ becomes free with the last unpin.
 """
 
 import mmap
+from collections.abc import Sequence
 
 from pmblk.media import Media
 from pmblk.ranges import round_out, slices
@@ -78,10 +79,11 @@ class PageCacheRepresentation(Representation):
         self.leases += 1
         return _FrameLease(views, frames)
 
-    def release(self, lease: Lease) -> None:
-        assert isinstance(lease, _FrameLease)
-        self.leases -= 1
-        self._unpin(lease.frames)
+    def release(self, leases: Sequence[Lease]) -> None:
+        super().release(leases)
+        for lease in leases:
+            assert isinstance(lease, _FrameLease)
+            self._unpin(lease.frames)
 
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:
         """Copies page by page; a page is taken whole or not at all, and a refusal takes none.
