@@ -16,7 +16,7 @@ import msgspec
 from pmblk import PmblkError
 from pmblk.representations import KINDS, Representation
 from pmblk.units import parse_size
-from pmblkd.listen import Address, parse_address
+from pmblkd.listen import Address, UnixAddress, parse_address
 
 RUNTIME_DIRECTORY = Path("/run/pmblk")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -102,6 +102,25 @@ class Config(_Table, frozen=True):
     fuse: FuseConfig | None = None
     control: ControlConfig = ControlConfig()
     daemon: DaemonConfig = DaemonConfig()
+
+    @property
+    def sockets(self) -> list[tuple[str, Address]]:
+        """Every address to listen on, with its key."""
+        found: list[tuple[str, Address]] = []
+        if self.nbd is not None:
+            found += [
+                (f"nbd.listen[{index}]", address)
+                for index, address in enumerate(self.nbd.addresses)
+            ]
+        return [*found, ("control.socket", UnixAddress(Path(self.control.socket)))]
+
+    @property
+    def needs_runtime_directory(self) -> bool:
+        """Whether a socket or the mountpoint lies in /run/pmblk, which the daemon makes itself."""
+        paths = [address.path for _, address in self.sockets if isinstance(address, UnixAddress)]
+        if self.fuse is not None:
+            paths.append(Path(self.fuse.mountpoint))
+        return any(path.parent == RUNTIME_DIRECTORY for path in paths)
 
     @property
     def default_export(self) -> str:

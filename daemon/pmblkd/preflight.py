@@ -5,14 +5,13 @@ socket and no mount behind; `check` runs nothing else. Each finding is a ConfigE
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
 from pmblkd.config import RUNTIME_DIRECTORY, Config, ConfigError, NamespaceConfig
 from pmblkd.fuse import mounts
-from pmblkd.listen import Address, UnixAddress, check_free
+from pmblkd.listen import UnixAddress, check_free
 
 
 def check(file: Path, config: Config) -> None:
@@ -31,7 +30,7 @@ def check(file: Path, config: Config) -> None:
                     f"{namespace.path} is the same file as {owner}'s",
                     hint="give each namespace a file of its own",
                 )
-    for key, address in _sockets(config):
+    for key, address in config.sockets:
         if isinstance(address, UnixAddress) and _is_ours_to_make(address.path.parent):
             continue
         try:
@@ -74,13 +73,6 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(file, f"{place}.path", f"cannot create files in {path.parent}")
-
-
-def _sockets(config: Config) -> "Iterator[tuple[str, Address]]":
-    if config.nbd is not None:
-        for index, address in enumerate(config.nbd.addresses):
-            yield f"nbd.listen[{index}]", address
-    yield "control.socket", UnixAddress(Path(config.control.socket))
 
 
 def _is_ours_to_make(directory: Path) -> bool:

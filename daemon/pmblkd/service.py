@@ -77,7 +77,8 @@ class Service:
         """Everything made, bound and mounted; all of it undone at the end or on failure."""
         config = self._config
         with contextlib.ExitStack() as undo:
-            self._make_runtime_directory(undo)
+            if config.needs_runtime_directory:
+                self._make_runtime_directory(undo)
             control = ControlServer(Path(config.control.socket), {"list": self._list})
             control.bind()
             undo.callback(control.close)
@@ -165,7 +166,8 @@ class Service:
             self._nbd.stop()
         if self._fuse is not None:
             self._fuse.stop()
-        await trio.sleep(self._config.daemon.stop_seconds)
+        with trio.move_on_after(self._config.daemon.stop_seconds):
+            await anext(signals)  # a second signal: somebody is in a hurry
         self._serving.cancel()
 
     async def _flush_namespaces(self) -> None:
