@@ -120,9 +120,9 @@ class Namespace:
                         continue
             elif opcode == WRITE and calm and writable and not command.flags:
                 payload = command.payload
-                assert payload is not None
                 if (
-                    0 < length <= size - offset
+                    payload is not None
+                    and 0 < length <= size - offset
                     and covers(offset, length)
                     and write(offset, payload)
                 ):
@@ -155,6 +155,26 @@ class Namespace:
         if self.starved:
             self._released.set()
             self._released = trio.Event()
+
+    def window(self, command: Command, done: int) -> memoryview | None:
+        """Memory for a write's payload from its byte `done` on, to receive into without a copy.
+
+        Valid until the caller's next await. None: the bytes must go through `execute`, which also
+        knows the error if there is one. When all of the payload is there, `execute` the command
+        without it.
+        """
+        if self._fences or self._guard(command):
+            return None
+        offset, length = command.offset + done, command.length - done
+        try:
+            self.media.reserve(offset, length)
+        except OSError:
+            return None
+        return self.representation.window(offset, length)
+
+    def received(self, offset: int, length: int) -> None:
+        """These bytes of a window have been filled."""
+        self.media.durability.stored(offset, length)
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
         """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
@@ -226,7 +246,8 @@ class Namespace:
 
     def _write(self, command: Command) -> bool:
         payload = command.payload
-        assert payload is not None
+        if payload is None:  # it was received into a window
+            return self._written(command)
         assert len(payload) == command.length
         limit = self.representation.io_bytes_max
         if limit is not None and command.length > limit:
@@ -235,6 +256,9 @@ class Namespace:
             self.media.reserve(command.offset, command.length)
         if not self.representation.write(command.offset, payload):
             return False
+        return self._written(command)
+
+    def _written(self, command: Command) -> bool:
         self.counters.writes += 1
         self.counters.write_bytes += command.length
         return not command.flags & FUA or self._persist_now(command)

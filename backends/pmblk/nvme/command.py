@@ -60,7 +60,8 @@ class Command(msgspec.Struct, gc=False):
     """`offset` and `length` are bytes. `cookie` is the front end's own and comes back untouched.
 
     `payload` (WRITE) belongs to the front end; the engine reads it before `execute` returns, and
-    takes a copy of its own when the command has to wait. `segments` (READ) are views of memory
+    takes a copy of its own when the command has to wait; a WRITE without one was received into a
+    `Namespace.window`. `segments` (READ) are views of memory
     that stays as it is until `Namespace.release`; `extents` is the answer to GET_LBA_STATUS.
     """
 

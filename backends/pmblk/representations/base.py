@@ -56,6 +56,10 @@ class Representation(abc.ABC):
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:
         """Take `payload` in before returning; False: nothing was taken, ask again later."""
 
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Memory to store a write's bytes to directly, until the next await; None: use `write`."""
+        return None
+
     def zero(self, offset: int, length: int) -> None:
         """Zeroes over a reserved range, in memory: the way for ranges that must not be punched."""
         self.forget(offset, length)

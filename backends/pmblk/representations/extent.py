@@ -21,6 +21,9 @@ class ExtentRepresentation(Representation):
         self.leases += 1
         return [self._view[offset : offset + length]]
 
+    def window(self, offset: int, length: int) -> memoryview:
+        return self._view[offset : offset + length]
+
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:
         self._store(offset, payload)
         return True

@@ -111,25 +111,71 @@ class Connection:
         self, requests: RequestStream, replies: ReplyEncoder, namespace: Namespace
     ) -> None:
         while True:
-            batch = requests.next_batch()
-            while batch:
-                waiting = namespace.execute(batch)
-                if waiting:
-                    batch = self._put_aside(batch, waiting)
-                try:
-                    await self._send(replies.encode(batch), namespace)
-                finally:
-                    namespace.release(batch)
-                self._spinner.last_batch = len(batch)
-                if len(self._waiting) >= WAITING_MAX or self._waiting_bytes >= WAITING_BYTES_MAX:
-                    await self._wait_for_room()
-                batch = requests.next_batch()
+            while batch := requests.next_batch():
+                await self._answer(batch, replies, namespace)
             if requests.disconnecting:
                 return
+            command = requests.bulk_write
+            if command is not None and namespace.window(command, 0) is not None:
+                await self._receive_bulk(command, requests.take_bulk_payload(), namespace)
+                await self._answer([command], replies, namespace)
             count = await self._receive(requests.receive_buffer())
             if count == 0:
                 return
             requests.received(count)
+
+    async def _answer(
+        self, batch: list[Command], replies: ReplyEncoder, namespace: Namespace
+    ) -> None:
+        waiting = namespace.execute(batch)
+        if waiting:
+            batch = self._put_aside(batch, waiting)
+        try:
+            await self._send(replies.encode(batch), namespace)
+        finally:
+            namespace.release(batch)
+        self._spinner.last_batch = len(batch)
+        if len(self._waiting) >= WAITING_MAX or self._waiting_bytes >= WAITING_BYTES_MAX:
+            await self._wait_for_room()
+
+    async def _receive_bulk(self, command: Command, head: memoryview, namespace: Namespace) -> None:
+        """A large write's payload straight into memory, piece by piece as it arrives.
+
+        The window is asked for anew at every piece, since nothing may be kept over a wait. When it
+        is refused half way, the rest arrives in a buffer and is an ordinary write.
+        """
+        done = 0
+        while done < command.length:
+            window = namespace.window(command, done)
+            if window is None:
+                await self._receive_rest(command, done, head)
+                return
+            if head:
+                count: int | None = len(head)
+                window[: len(head)] = head
+                head = head[:0]
+            else:
+                count = self._receive_now(window)
+            if count is None:
+                await trio.lowlevel.wait_readable(self._sock)
+                continue
+            if count == 0:
+                raise Disconnected("left in the middle of a write")
+            namespace.received(command.offset + done, count)
+            done += count
+
+    async def _receive_rest(self, command: Command, done: int, head: memoryview) -> None:
+        """What is not in memory yet becomes the payload of the command, and all that it writes."""
+        command.offset += done
+        command.length -= done
+        command.payload = rest = memoryview(bytearray(command.length))
+        rest[: len(head)] = head
+        filled = len(head)
+        while filled < len(rest):
+            count = await self._receive(rest[filled:])
+            if count == 0:
+                raise Disconnected("left in the middle of a write")
+            filled += count
 
     # ---- commands that wait
 

@@ -5,6 +5,10 @@ parsed in place, and every whole request that has arrived becomes a `Command` of
 payload a view of the buffer. Flags and type of a request are one integer and one dictionary
 look-up, which knows which flags go with which type (`_DECODE`); what is not in it is EINVAL.
 
+A large write need not be copied at all: `bulk_write` names one whose payload is still arriving, and
+the connection may receive the rest of it straight into memory. After one, the next receive takes
+little more than a header, so that the next payload can go the same way.
+
 Rules that live here: what is refused whatever the namespace is, and which payload is drained.
 Source: doc/proto.md of the NBD project, "Transmission".
 """
@@ -29,6 +33,8 @@ from pmblkd.nbd import wire
 from pmblkd.nbd.wire import Cmd, CmdFlag
 
 BUFFER_BYTES = 4 << 20
+BULK_BYTES_MIN = 64 << 10
+BULK_WINDOW_BYTES = 1 << 10
 BATCH_MAX = 512  # two buffers a read: what one sendmsg takes (IOV_MAX)
 
 _BATCH = range(BATCH_MAX)
@@ -87,6 +93,8 @@ class RequestStream:
         self._view[: self._end] = leftover
         self._wanted = _HEADER_BYTES  # bytes of the request that `_start` stands at
         self._to_drain = 0
+        self._after_bulk = False
+        self.bulk_write: Command | None = None  # a large write that is not here in whole
 
     def receive_buffer(self) -> memoryview:
         """Where the next bytes go; never empty."""
@@ -94,6 +102,9 @@ class RequestStream:
             self._start = self._end = 0
             if self._wanted <= len(self._small):
                 self._view = self._small
+            if self._after_bulk:
+                self._after_bulk = False
+                return self._view[:BULK_WINDOW_BYTES]
         if self._start + self._wanted > len(self._view):
             self._make_room()
         return self._view[self._end :]
@@ -111,6 +122,19 @@ class RequestStream:
     def received(self, count: int) -> None:
         self._end += count
 
+    def take_bulk_payload(self) -> memoryview:
+        """What is here of `bulk_write`'s payload; the rest of it is the caller's to receive.
+
+        The stream goes on behind that payload. The view is valid until the next `receive_buffer`.
+        """
+        assert self.bulk_write is not None
+        self.bulk_write = None
+        payload = self._view[self._start + _HEADER_BYTES : self._end]
+        self._start = self._end
+        self._wanted = _HEADER_BYTES
+        self._after_bulk = True
+        return payload
+
     def next_batch(self) -> list[Command]:
         """At most `BATCH_MAX` whole requests, in order; empty when more bytes are needed.
 
@@ -126,6 +150,7 @@ class RequestStream:
         position, end = self._start, self._end
         last_header = end - _HEADER_BYTES
         self._wanted = _HEADER_BYTES
+        self.bulk_write = None
         for _ in _BATCH:
             if position > last_header:
                 break
@@ -147,6 +172,8 @@ class RequestStream:
                     break
                 if end - after < length:
                     self._wanted = _HEADER_BYTES + length
+                    if opcode == WRITE and length >= BULK_BYTES_MIN:
+                        self.bulk_write = command
                     break
                 if opcode == WRITE:
                     command.payload = view[after : after + length]
