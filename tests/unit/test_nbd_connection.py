@@ -178,6 +178,83 @@ async def test_a_slow_reader_loses_its_connection_when_others_wait_for_its_memor
     assert namespace.representation.leases == 0
 
 
+LARGE = 1 << 20
+
+
+async def send_all(sock: trio.socket.SocketType, data: bytes) -> None:
+    while data:
+        data = data[await sock.send(data) :]
+
+
+async def test_a_large_write_that_arrives_in_pieces_lands_in_memory_uncopied(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace(4 * LARGE)
+    copied: list[int] = []
+    store = namespace.representation.write
+    namespace.representation.write = lambda offset, payload: (  # type: ignore[method-assign]
+        copied.append(len(payload)) or store(offset, payload)  # type: ignore[func-returns-value]
+    )
+    ours, theirs = pair
+    payload = bytes(range(256)) * (LARGE // 256)
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        for cookie in range(3):
+            request = client.request(WRITE, cookie, cookie * LARGE, LARGE, data=payload)
+            await send_all(theirs, request[:100_000])
+            await trio.testing.wait_all_tasks_blocked()
+            await send_all(theirs, request[100_000:])
+            reply = client.replies(await receive_exactly(theirs, 16), {})[0]
+            assert (reply.cookie, reply.error) == (cookie, 0)
+        await theirs.send(client.request(DISC))
+    assert bytes(namespace.media.view[: 3 * LARGE]) == payload * 3
+    assert copied == []
+    assert namespace.counters.writes == 3
+
+
+async def test_a_window_that_closes_half_way_lets_the_rest_in_through_a_buffer(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace(4 * LARGE)
+    ours, theirs = pair
+    payload = b"half" * (LARGE // 4)
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        request = client.request(WRITE, 1, LARGE, LARGE, data=payload)
+        await send_all(theirs, request[:100_000])
+        await trio.testing.wait_all_tasks_blocked()
+        with namespace._fences.around(0, 4 * LARGE):
+            await send_all(theirs, request[100_000:])
+            await trio.testing.wait_all_tasks_blocked()
+            assert namespace.counters.writes == 0, "it waits for the fence"
+        assert client.replies(await receive_exactly(theirs, 16), {})[0].error == 0
+        await theirs.send(client.request(DISC))
+    assert bytes(namespace.media.view[LARGE : 2 * LARGE]) == payload
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_large_write_harms_nothing_else(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    namespace = make_namespace(4 * LARGE)
+    namespace.media.reserve(0, 4 * LARGE)
+    namespace.media.store(0, b"\1" * 4 * LARGE)
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        request = client.request(WRITE, 1, LARGE, LARGE, data=b"\2" * LARGE)
+        await send_all(theirs, request[:500_000])
+        theirs.close()
+    view = bytes(namespace.media.view)
+    assert view[:LARGE] + view[2 * LARGE :] == b"\1" * 3 * LARGE
+    assert namespace.counters.writes == 0
+
+
 async def test_no_handshake_in_time_closes(
     make_namespace: MakeNamespace,
     pair: tuple[socket.socket, trio.socket.SocketType],

@@ -178,6 +178,67 @@ def test_many_small_requests_come_in_bounded_batches_and_in_order() -> None:
     assert [command.cookie for command in feed(stream, data)] == list(range(5000))
 
 
+def feed_in_bulk(stream: RequestStream, data: bytes, cuts: list[int]) -> list[Command]:
+    """As `feed`, but large writes are taken as the connection takes them."""
+    found: list[Command] = []
+    turn = 0
+    while data:
+        buffer = stream.receive_buffer()
+        count = min(len(buffer), len(data), cuts[turn % len(cuts)])
+        turn += 1
+        buffer[:count] = data[:count]
+        stream.received(count)
+        data = data[count:]
+        while batch := stream.next_batch():
+            for command in batch:
+                command.payload = None if command.payload is None else bytes(command.payload)
+            found += batch
+        if (bulk := stream.bulk_write) is not None:
+            payload = bytes(stream.take_bulk_payload())
+            rest = bulk.length - len(payload)
+            bulk.payload, data = payload + data[:rest], data[rest:]
+            found.append(bulk)
+    return found
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([C_READ, C_WRITE, C_FLUSH]), st.sampled_from([16, 70_000, 300_000])
+        ),
+        max_size=8,
+    ),
+    st.lists(st.integers(1, 200_000), min_size=1, max_size=8),
+)
+def test_large_writes_taken_in_bulk_leave_the_stream_in_sync(
+    some: list[tuple[int, int]], cuts: list[int]
+) -> None:
+    data = b""
+    for cookie, (kind, length) in enumerate(some):
+        payload = random.Random(cookie).randbytes(length) if kind == C_WRITE else b""
+        length = 0 if kind == C_FLUSH else length
+        data += client.request(kind, cookie, 0, length, data=payload)
+    whole = feed(RequestStream(allocation_context=True), data)
+    assert feed_in_bulk(RequestStream(allocation_context=True), data, cuts) == whole
+
+
+def test_after_a_bulk_write_little_more_than_a_header_is_received() -> None:
+    """So that the next payload can go straight into memory too."""
+    stream = RequestStream(allocation_context=True)
+    request = client.request(C_WRITE, 1, 0, 1 << 20, data=bytes(1 << 20))
+    assert feed_in_bulk(stream, request, [5000])[0].payload == bytes(1 << 20)
+    assert len(stream.receive_buffer()) <= 4096
+    feed(stream, client.request(C_READ, 2, 0, 1))
+    assert len(stream.receive_buffer()) == BUFFER_BYTES
+
+
+def test_a_small_or_refused_write_is_never_taken_in_bulk() -> None:
+    for kind, length in ((C_WRITE, 4096), (C_WRITE, 33 << 20), (C_READ, 1 << 20)):
+        stream = RequestStream(allocation_context=True)
+        feed(stream, client.request(kind, 1, 0, length))
+        assert stream.bulk_write is None
+
+
 requests = st.lists(
     st.tuples(
         st.sampled_from([C_READ, C_WRITE, C_FLUSH, C_TRIM, C_ZEROES, C_STATUS, 9]),
