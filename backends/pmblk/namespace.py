@@ -1,17 +1,17 @@
-"""A namespace: the guard and the dispatch of every I/O, whatever the front end.
+"""A namespace: batches of commands from any front end, answered at once or completed later.
 
-`execute` takes a batch of commands and answers on the spot all that memory can answer: range,
-alignment and read-only rules first, then the representation. It returns the commands that have to
-wait (a sync of the media, a long discard, an exhausted representation), and `complete` waits for
-them. A front end therefore replies to most commands without leaving its stack frame.
+`execute` takes a batch and answers on the spot all that memory can answer. It returns the commands
+that have to wait (a sync of the media, a long discard, an exhausted representation), and
+`complete` waits for them. A front end therefore replies to most commands without leaving its stack
+frame. What one command does is `pmblk.dispatcher`'s.
 
 Rules that live here and nowhere else:
 
-1. A write reserves its pages before it stores; a read never touches a hole (`pmblk.media`).
-2. A discard or zeroing longer than `INLINE_BYTES` takes its time (`pmblk.zeroing`). Meanwhile its
-   range is fenced: commands that overlap it wait, so no store can meet a page on its way out.
-3. A FLUSH covers every command that was completed before `execute` saw it. FUA covers its own.
-4. After a sync has failed, every later write and flush fails: nothing can prove what is durable.
+1. A FLUSH covers every command that was completed before `execute` saw it. FUA covers its own.
+2. A discard or zeroing that takes its time fences its range: commands that overlap it wait, so no
+   store can meet a page on its way out.
+3. Nobody waits for memory while holding memory: `complete` returns early, so that its caller sends
+   what is finished and gives back what that holds. So there is no circle of waiters.
 
 Between two awaits everything here is atomic, since all of it runs on one event loop.
 """
@@ -19,50 +19,25 @@ Between two awaits everything here is atomic, since all of it runs on one event 
 import errno
 from collections.abc import Iterable, Sequence
 
-import msgspec
 import trio
 
-from pmblk.fences import Fences
-from pmblk.media.group_sync import GroupSync
-from pmblk.media.pmem import Media
+from pmblk.dispatcher import Dispatcher
+from pmblk.media import Media
 from pmblk.nvme.command import (
-    ALLOCATE,
-    CONTIGUOUS,
     DATASET_MANAGEMENT,
-    FAST_ONLY,
-    FIRST_EXTENT,
     FLUSH,
     FUA,
-    GET_LBA_STATUS,
-    PREFETCH,
     READ,
     WRITE,
     WRITE_ZEROES,
     Command,
     Hole,
-    Segment,
 )
-from pmblk.nvme.status import Status, from_oserror
-from pmblk.ranges import Extent, merge_extents, slices
+from pmblk.ranges import slices
 from pmblk.representations.base import Lease, Representation
-from pmblk.zeroing import INLINE_BYTES, Zeroing
+from pmblk.zeroing import INLINE_BYTES, clear_in_slices
 
-EXTENTS_MAX = 4096  # one answer to GET_LBA_STATUS; the client asks again from its end
-
-_DONE: tuple[Command, ...] = ()
-
-
-class Counters(msgspec.Struct):
-    """Plain ints, added to on the I/O path and read when somebody asks (NVMe: SMART log)."""
-
-    reads: int = 0
-    read_bytes: int = 0
-    writes: int = 0
-    write_bytes: int = 0
-    zeroed_bytes: int = 0
-    flushes: int = 0
-    errors: int = 0
-    waits: int = 0
+_NONE: tuple[Command, ...] = ()
 
 
 class Namespace:
@@ -71,20 +46,20 @@ class Namespace:
     def __init__(
         self, name: str, media: Media, representation: Representation, *, lba_bytes: int
     ) -> None:
-        assert media.size % lba_bytes == 0, "the config checks this"
+        assert media.size % lba_bytes == 0, "open_media checks this"
         self.name = name
         self.media = media
-        self.representation = representation
         self.lba_bytes = lba_bytes
         self.size = media.size
         self.read_only = media.read_only
-        self.counters = Counters()
-        self._covers = media.allocation.covers
-        self._fences = Fences()
-        self._zeroing = Zeroing(media, representation)
-        self._sync = GroupSync(media.durability.sync)
-        self._released = trio.Event()
         self.starved = 0  # commands that wait for a lease to be released
+        self._dispatcher = Dispatcher(media, representation)
+        self.counters = self._dispatcher.counters
+        self._released = trio.Event()
+
+    @property
+    def representation(self) -> Representation:
+        return self._dispatcher.representation
 
     # ---- the path of every I/O: no await
 
@@ -95,16 +70,17 @@ class Namespace:
         segments stay valid until the command is given to `release`.
         """
         waiting: list[Command] | None = None
-        covers = self._covers
-        hold = self.representation.hold
-        write = self.representation.write
+        dispatcher = self._dispatcher
+        representation = dispatcher.representation
+        hold, write = representation.hold, representation.write
+        covers = self.media.allocation.covers
         size = self.size
-        calm = not self._fences
-        writable = not self.read_only and self._sync.failure is None
+        calm = not dispatcher.fences
+        writable = not self.read_only and dispatcher.sync.failure is None
         reads = read_bytes = writes = write_bytes = 0
         for command in commands:
             if command.status:
-                self.counters.errors += 1
+                dispatcher.counters.errors += 1
                 continue
             opcode = command.opcode
             offset = command.offset
@@ -122,6 +98,7 @@ class Namespace:
                 payload = command.payload
                 if (
                     payload is not None
+                    and not command.received
                     and 0 < length <= size - offset
                     and covers(offset, length)
                     and write(offset, payload)
@@ -129,19 +106,27 @@ class Namespace:
                     writes += 1
                     write_bytes += length
                     continue
-            if not self._try(command):
+            if not dispatcher.attempt(command):
                 if waiting is None:
                     waiting = []
                 waiting.append(command)
-        counters = self.counters
+        counters = dispatcher.counters
         counters.reads += reads
         counters.read_bytes += read_bytes
         counters.writes += writes
         counters.write_bytes += write_bytes
-        return _DONE if waiting is None else self._own_payloads(waiting)
+        return _NONE if waiting is None else self._own_payloads(waiting)
+
+    def _own_payloads(self, waiting: list[Command]) -> list[Command]:
+        """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
+        self.counters.waits += len(waiting)
+        for command in waiting:
+            if command.payload is not None and not command.applied:
+                command.payload = bytes(command.payload)
+        return waiting
 
     def release(self, commands: Iterable[Command]) -> None:
-        """The replies have left: the segments of these commands are not looked at any more."""
+        """The replies have left: what these commands read may be looked at until the next await."""
         leases: list[Lease] = []
         for command in commands:
             lease = command.lease
@@ -156,218 +141,53 @@ class Namespace:
             self._released.set()
             self._released = trio.Event()
 
-    def window(self, command: Command, done: int) -> memoryview | None:
-        """Memory for a write's payload from its byte `done` on, to receive into without a copy.
+    def window(self, command: Command) -> memoryview | None:
+        """Memory for a write's payload beyond its `received` bytes, to receive into without a copy.
 
         Valid until the caller's next await. None: the bytes must go through `execute`, which also
-        knows the error if there is one. When all of the payload is there, `execute` the command
-        without it.
+        knows the error if there is one.
         """
-        if self._fences or self._guard(command):
-            return None
-        offset, length = command.offset + done, command.length - done
-        try:
-            self.media.reserve(offset, length)
-        except OSError:
-            return None
-        return self.representation.window(offset, length)
+        return self._dispatcher.window(command)
 
-    def received(self, offset: int, length: int) -> None:
-        """These bytes of a window have been filled."""
-        self.media.durability.stored(offset, length)
-
-    def _own_payloads(self, waiting: list[Command]) -> list[Command]:
-        """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
-        self.counters.waits += len(waiting)
-        for command in waiting:
-            if command.payload is not None and not command.applied:
-                command.payload = bytes(command.payload)
-        return waiting
-
-    def _try(self, command: Command) -> bool:
-        """Finish the command now if it can be; False when it must wait."""
-        if self._fences and self._fences.overlap(command.offset, command.length):
-            return False
-        status = self._guard(command)
-        if status:
-            command.status = status
-            self.counters.errors += 1
-            return True
-        try:
-            return self._dispatch(command)
-        except OSError as error:
-            self._fail(command, error)
-            return True
-
-    def _guard(self, command: Command) -> Status:
-        """Range, read-only and health; every command passes here, whatever sent it."""
-        opcode = command.opcode
-        if opcode == FLUSH:
-            return Status.SUCCESS
-        if command.length > self.size - command.offset:
-            return Status.LBA_OUT_OF_RANGE
-        if opcode in (WRITE, WRITE_ZEROES, DATASET_MANAGEMENT):
-            if self.read_only:
-                return Status.NAMESPACE_WRITE_PROTECTED
-            if self._sync.failure is not None:
-                return Status.WRITE_FAULT
-        return Status.SUCCESS
-
-    def _dispatch(self, command: Command) -> bool:
-        opcode = command.opcode
-        if command.length == 0 and opcode != FLUSH:
-            command.segments = []
-            command.extents = []
-            return True
-        if opcode == WRITE:
-            return self._write(command)
-        if opcode == READ:
-            return self._read(command)
-        if opcode == FLUSH:
-            return self._flush_now()
-        if opcode in (WRITE_ZEROES, DATASET_MANAGEMENT):
-            return self._clear(command)
-        if opcode == GET_LBA_STATUS:
-            command.extents = self._lba_status(command)
-            return True
-        if opcode == PREFETCH:
-            return True  # persistent memory is as near as it gets
-        command.status = Status.INVALID_OPCODE
-        return True
-
-    def _fail(self, command: Command, error: OSError) -> None:
-        reading = command.opcode in (READ, GET_LBA_STATUS)
-        command.status = from_oserror(
-            error, otherwise=Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
-        )
-        self.counters.errors += 1
-
-    # ---- one command each, still without an await
-
-    def _write(self, command: Command) -> bool:
-        payload = command.payload
-        if payload is None:  # it was received into a window
-            return self._written(command)
-        assert len(payload) == command.length
-        limit = self.representation.io_bytes_max
-        if limit is not None and command.length > limit:
-            return False
-        if not self._covers(command.offset, command.length):
-            self.media.reserve(command.offset, command.length)
-        if not self.representation.write(command.offset, payload):
-            return False
-        return self._written(command)
-
-    def _written(self, command: Command) -> bool:
-        self.counters.writes += 1
-        self.counters.write_bytes += command.length
-        return not command.flags & FUA or self._persist_now(command)
-
-    def _read(self, command: Command) -> bool:
-        """A read with holes in it, or one that is too large to hold at once."""
-        limit = self.representation.io_bytes_max
-        if limit is not None and command.length > limit:
-            return False
-        segments: list[Segment] = []
-        leases: list[Lease] = []
-        extents = self.media.allocation.extents(command.offset, command.length)
-        for extent in merge_extents(extents):
-            if extent.hole:
-                segments.append(Hole(extent.length))
-                continue
-            lease = self.representation.hold(extent.offset, extent.length)
-            if lease is None:
-                self.representation.release(leases)
-                return False
-            segments += lease
-            leases.append(lease)
-        command.segments = segments
-        command.lease = tuple(leases)
-        self.counters.reads += 1
-        self.counters.read_bytes += command.length
-        return True
-
-    def _flush_now(self) -> bool:
-        """A flush with nothing to wait for."""
-        if self._must_sync():
-            return False
-        self.media.durability.sync()
-        self.counters.flushes += 1
-        return True
-
-    def _must_sync(self) -> bool:
-        return (
-            self.media.durability.sync_blocks
-            or self.representation.dirty()
-            or self._sync.failure is not None
-        ) and not self.read_only
-
-    def _persist_now(self, command: Command) -> bool:
-        """FUA after the store: its bytes to the media, and durable at once if that is free."""
-        self.representation.write_back(command.offset, command.length)
-        if self.media.durability.sync_blocks:
-            command.applied = True
-            return False
-        self.media.durability.sync()
-        return True
-
-    def _clear(self, command: Command) -> bool:
-        """WRITE_ZEROES and deallocation, which this device answers with zeroes too."""
-        zeroing = command.opcode == WRITE_ZEROES
-        allocate = self._must_allocate(command)
-        if zeroing and allocate and command.flags & FAST_ONLY:
-            command.status = Status.FAST_ZERO_NOT_POSSIBLE
-            return True
-        if not zeroing and allocate:
-            return True  # deallocation is a hint, and this file system has no holes
-        if command.length > INLINE_BYTES:
-            return False
-        self._zeroing.now(command.offset, command.length, allocate=allocate)
-        self.counters.zeroed_bytes += command.length
-        return not command.flags & FUA or self._persist_now(command)
-
-    def _must_allocate(self, command: Command) -> bool:
-        return bool(command.flags & ALLOCATE) or not self.media.punches
-
-    def _lba_status(self, command: Command) -> list[Extent]:
-        limit = 1 if command.flags & FIRST_EXTENT else EXTENTS_MAX
-        found: list[Extent] = []
-        extents = self.media.allocation.extents(command.offset, command.length)
-        for extent in merge_extents(extents):
-            found.append(extent)
-            if len(found) == limit:
-                break
-        return found
+    def received(self, command: Command, length: int) -> None:
+        """The next `length` bytes of the command's payload are in its window."""
+        self.representation.stored(command.offset + command.received, length)
+        command.received += length
 
     # ---- the commands that wait
 
-    async def complete(self, commands: Sequence[Command]) -> None:
-        """Finish what `execute` returned; every command has its status afterwards.
+    async def complete(self, commands: Sequence[Command]) -> Sequence[Command]:
+        """Finish one or more of what `execute` returned, in order; return those that still wait.
 
-        All syncs that are wanted become one.
+        The finished ones have their status. Send them, `release` them, and come again with the
+        rest. All syncs that are wanted become one.
         """
-        to_sync: list[Command] = []
+        finished: list[Command] = []
         for command in commands:
             if command.opcode != FLUSH and not command.applied:
-                await self._finish_slowly(command)
-            if not command.status and (command.opcode == FLUSH or command.applied):
-                to_sync.append(command)
-        if to_sync:
-            await self._sync_for(to_sync)
+                may_wait = not any(one.lease is not None for one in finished)
+                if not await self._finish_slowly(command, may_wait=may_wait):
+                    break
+            finished.append(command)
+        await self._sync_for(finished)
+        return commands[len(finished) :]
 
-    async def _finish_slowly(self, command: Command) -> None:
-        """All but the durability of a command."""
-        limit = self.representation.io_bytes_max
+    async def _finish_slowly(self, command: Command, *, may_wait: bool) -> bool:
+        """All but the durability of a command; False: it needs memory, and `may_wait` forbids."""
+        dispatcher = self._dispatcher
         while True:
-            await self._fences.lifted(command.offset, command.length)
-            if self._try(command) or command.applied:
-                return
+            await dispatcher.fences.lifted(command.offset, command.length)
+            if dispatcher.attempt(command) or command.applied:
+                return True
             if command.opcode in (WRITE_ZEROES, DATASET_MANAGEMENT):
                 await self._clear_slowly(command)
-                return
-            if limit is not None and command.length > limit:
+                return True
+            if not may_wait:
+                return False
+            limit = self.representation.io_bytes_max
+            if limit is not None and command.length - command.received > limit:
                 await self._transfer_in_pieces(command, limit)
-                return
+                return True
             await self._lease_released()  # no await since the fences: only a lease can be missing
 
     async def _lease_released(self) -> None:
@@ -379,70 +199,81 @@ class Namespace:
             self.starved -= 1
 
     async def _clear_slowly(self, command: Command) -> None:
+        dispatcher = self._dispatcher
         offset, length = command.offset, command.length
+        allocate = dispatcher.must_allocate(command)
         try:
-            with self._fences.around(offset, length):
-                allocate = self._must_allocate(command)
-                await self._zeroing.slowly(offset, length, allocate=allocate)
+            with dispatcher.fences.around(offset, length):
+                await clear_in_slices(
+                    self.media, self.representation, offset, length, allocate=allocate
+                )
         except OSError as error:
-            self._fail(command, error)
+            dispatcher.fail_with(command, error)
             return
-        self.counters.zeroed_bytes += length
-        if command.flags & FUA:
-            self.representation.write_back(offset, length)
-            command.applied = True
+        self._finished_slowly(command)
 
     async def _transfer_in_pieces(self, command: Command, limit: int) -> None:
         """More than the representation can hold at once: through a buffer of the command's own."""
         reading = command.opcode == READ
-        buffer = bytearray(command.length) if reading else command.payload
+        start, end = command.offset + command.received, command.offset + command.length
+        buffer = bytearray(end - start) if reading else command.payload
         assert buffer is not None
         view = memoryview(buffer)
-        for offset, length in slices(command.offset, command.length, slice_bytes=limit):
-            window = view[offset - command.offset :][:length]
-            part = Command(
-                command.opcode,
-                command.flags & CONTIGUOUS,
-                offset,
-                length,
-                payload=None if reading else window,
-            )
-            await self._finish_slowly(part)
-            if reading and not part.status:
-                self._copy_segments(part, window)
-            self.release((part,))
-            if part.status:
-                command.status = part.status
+        for offset, length in slices(start, end - start, slice_bytes=limit):
+            window = view[offset - start :][:length]
+            if not await self._transfer_piece(command, offset, window):
                 return
         if reading:
             command.segments = [view]
-        elif command.flags & FUA:
+            command.lease = ()  # nothing to release, but memory that the reply holds
+        self._finished_slowly(command)
+
+    async def _transfer_piece(self, command: Command, offset: int, window: memoryview) -> bool:
+        """One piece, between `window` and memory; False when it failed, and the command with it."""
+        reading = command.opcode == READ
+        payload = None if reading else window
+        piece = Command(command.opcode, 0, offset, len(window), payload=payload)
+        try:
+            while not self._dispatcher.perform(piece):
+                await self._lease_released()
+                await self._dispatcher.fences.lifted(offset, len(window))
+        except OSError as error:
+            self._dispatcher.fail_with(command, error)
+            return False
+        if reading:
+            _copy_segments(piece, window)
+        self.release((piece,))
+        return True
+
+    def _finished_slowly(self, command: Command) -> None:
+        """Done but for its durability, if that was asked for."""
+        if command.flags & FUA and command.opcode != READ:
             self.representation.write_back(command.offset, command.length)
             command.applied = True
+        else:
+            self._dispatcher.count(command)
 
-    @staticmethod
-    def _copy_segments(command: Command, target: memoryview) -> None:
-        position = 0
-        for segment in command.segments or ():
-            if isinstance(segment, Hole):
-                position += segment.length
-            else:
-                target[position : position + len(segment)] = segment
-                position += len(segment)
-
-    async def _sync_for(self, commands: list[Command]) -> None:
+    async def _sync_for(self, finished: Iterable[Command]) -> None:
         """One flush for all: what the representation holds goes to the media, then one sync."""
+        wanted = [
+            command
+            for command in finished
+            if not command.status and (command.opcode == FLUSH or command.applied)
+        ]
+        if not wanted:
+            return
         try:
             for offset, length in self.representation.dirty_extents():
                 for piece in slices(offset, length, slice_bytes=INLINE_BYTES):
                     self.representation.write_back(*piece)
                     await trio.lowlevel.checkpoint()
-            await self._sync()
+            await self._dispatcher.sync()
         except OSError as error:
-            for command in commands:
-                self._fail(command, error)
+            for command in wanted:
+                self._dispatcher.fail_with(command, error)
             return
-        self.counters.flushes += sum(command.opcode == FLUSH for command in commands)
+        for command in wanted:
+            self._dispatcher.count(command)
 
     async def flush(self) -> None:
         """All that was completed is durable when this returns. Raises OSError."""
@@ -450,3 +281,13 @@ class Namespace:
         await self.complete(self.execute((flush,)))
         if flush.status:
             raise OSError(errno.EIO, f"namespace {self.name}: the flush failed")
+
+
+def _copy_segments(command: Command, target: memoryview) -> None:
+    position = 0
+    for segment in command.segments or ():
+        if isinstance(segment, Hole):
+            position += segment.length
+        else:
+            target[position : position + len(segment)] = segment
+            position += len(segment)

@@ -16,49 +16,51 @@ INLINE_BYTES = 4 << 20  # punching 4 MiB of tmpfs takes about 1 ms, a thread hop
 SLICE_BYTES = 256 << 20  # a long punch is cut, so that a stop does not wait for all of it
 
 
-class Zeroing:
-    def __init__(self, media: Media, representation: Representation) -> None:
-        self._media = media
-        self._representation = representation
+def clear(
+    media: Media, representation: Representation, offset: int, length: int, *, allocate: bool
+) -> None:
+    """In one go; for at most `INLINE_BYTES`. `allocate`: leave no hole. Raises OSError."""
+    if allocate:
+        _store_zeroes(media, representation, offset, length)
+        return
+    start, end = _zero_edges(media, representation, offset, length)
+    if start < end:
+        representation.forget(start, end - start)
+        media.punch(start, end - start)
 
-    def now(self, offset: int, length: int, *, allocate: bool) -> None:
-        """In one go; for at most `INLINE_BYTES`. Raises OSError."""
-        if allocate:
-            self._in_memory(offset, length)
-            return
-        start, end = self._ends(offset, length)
-        if start < end:
-            self._representation.forget(start, end - start)
-            self._media.punch(start, end - start)
 
-    async def slowly(self, offset: int, length: int, *, allocate: bool) -> None:
-        """Slice by slice: punched in a worker thread, or zeroed in memory with pauses between.
+async def clear_in_slices(
+    media: Media, representation: Representation, offset: int, length: int, *, allocate: bool
+) -> None:
+    """Punched in a worker thread, or zeroed in memory with pauses between. Raises OSError.
 
-        The caller keeps everybody else out of the range. Raises OSError.
-        """
-        if allocate:
-            for position, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
-                self._in_memory(position, piece)
-                await trio.lowlevel.checkpoint()
-            return
-        start, end = self._ends(offset, length)
-        for position, piece in slices(start, end - start, slice_bytes=SLICE_BYTES):
-            self._representation.forget(position, piece)
-            await trio.to_thread.run_sync(self._media.punch, position, piece)
+    The caller keeps everybody else out of the range.
+    """
+    if allocate:
+        for position, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
+            _store_zeroes(media, representation, position, piece)
+            await trio.lowlevel.checkpoint()
+        return
+    start, end = _zero_edges(media, representation, offset, length)
+    for position, piece in slices(start, end - start, slice_bytes=SLICE_BYTES):
+        representation.forget(position, piece)
+        await trio.to_thread.run_sync(media.punch, position, piece)
 
-    def _in_memory(self, offset: int, length: int) -> None:
-        self._media.reserve(offset, length)
-        self._representation.zero(offset, length)
 
-    def _ends(self, offset: int, length: int) -> tuple[int, int]:
-        """Zero the partial pages; what is left between them are whole pages."""
-        start, end = whole_units(offset, length, unit=PAGE_BYTES, limit=self._media.size)
-        self._zero_memory(offset, min(start, offset + length))
-        self._zero_memory(max(end, start), offset + length)
-        return start, max(end, start)
+def _store_zeroes(media: Media, representation: Representation, offset: int, length: int) -> None:
+    media.reserve(offset, length)
+    representation.zero(offset, length)
 
-    def _zero_memory(self, start: int, end: int) -> None:
-        """Zeroes where there is memory; a hole is zero as it is."""
-        for extent in list(self._media.allocation.extents(start, end - start)):
+
+def _zero_edges(
+    media: Media, representation: Representation, offset: int, length: int
+) -> tuple[int, int]:
+    """Zero the pages that are covered in part; start and end of the whole ones between them."""
+    start, end = whole_units(offset, length, unit=PAGE_BYTES, limit=media.size)
+    end = max(start, end)
+    for edge_start, edge_end in ((offset, min(start, offset + length)), (end, offset + length)):
+        # A hole is zero as it is; only what has memory is stored to.
+        for extent in list(media.allocation.extents(edge_start, edge_end - edge_start)):
             if not extent.hole:
-                self._representation.zero(extent.offset, extent.length)
+                representation.zero(extent.offset, extent.length)
+    return start, end

@@ -19,7 +19,7 @@ SIZE = 1 << 20
 @pytest.fixture
 def files(make_namespace: MakeNamespace) -> Files:
     read_only = make_namespace(name="ro.img")
-    read_only.name, read_only.read_only = "ro", True
+    read_only.name, read_only.read_only, read_only.media.read_only = "ro", True, True
     return Files([make_namespace(), read_only])
 
 

@@ -127,14 +127,33 @@ def test_a_mapping_that_takes_map_sync_is_persistent_memory(
         media.store(100, b"x" * 50)
         address = media.durability._address
         assert flushed == [(address + 100, 50)]
+        media.durability.sync()  # the page that was reserved
         assert not media.durability.sync_blocks
-        media.durability.sync()
+        media.durability.fence()
         media.punch(0, PAGE)
         assert media.durability.sync_blocks, "a punched hole is metadata: fdatasync"
         media.durability.sync()
         assert not media.durability.sync_blocks
     finally:
         media.close()
+
+
+def test_a_layout_change_counts_as_durable_only_after_the_sync_that_covers_it(
+    make_media: MakeMedia, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = libpmem.load()
+    assert library is not None
+    media = make_media()
+    durability = PersistentMemory("", fd=media._fd, address=0, library=library)
+    durability.layout_changed()
+
+    def slow_sync(_fd: int) -> None:
+        assert durability.sync_blocks, "a flush that comes now must wait too"
+        durability.layout_changed()
+
+    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    durability.sync()
+    assert durability.sync_blocks, "the change during the sync is not covered by it"
 
 
 def test_real_libpmem_is_installed_and_flushes_ordinary_memory(make_media: MakeMedia) -> None:

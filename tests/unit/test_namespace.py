@@ -60,6 +60,9 @@ class SlowSync:
         if self.error:
             raise self.error
 
+    def fence(self) -> None:
+        pass
+
     def layout_changed(self) -> None:
         pass
 
@@ -67,7 +70,7 @@ class SlowSync:
 def with_slow_sync(namespace: Namespace) -> SlowSync:
     slow = SlowSync()
     namespace.media.durability = slow  # type: ignore[assignment]
-    namespace._sync = GroupSync(slow.sync)
+    namespace._dispatcher.sync = GroupSync(slow)  # type: ignore[arg-type]
     return slow
 
 
@@ -177,36 +180,39 @@ def test_lba_status_answers_with_one_extent_when_one_is_wanted(
 def test_a_window_is_memory_that_is_reserved(make_namespace: MakeNamespace) -> None:
     namespace = make_namespace()
     write = Command(WRITE, 0, 8192, 8192)
-    window = namespace.window(write, 4096)
-    assert window is not None
-    assert len(window) == 4096
-    assert namespace.media.allocation.covers(12288, 4096)
-    window[:] = b"w" * 4096
-    namespace.received(12288, 4096)
+    for part in (b"a" * 4096, b"b" * 1000):
+        window = namespace.window(write)
+        assert window is not None
+        assert len(window) == 8192 - write.received
+        assert namespace.media.allocation.covers(8192, 8192)
+        window[: len(part)] = part
+        namespace.received(write, len(part))
+    write.payload = b"c" * 3096  # the rest came another way
     assert run(namespace, write) == Status.SUCCESS
-    assert bytes(namespace.media.view[12288:16384]) == b"w" * 4096
-    assert namespace.counters.write_bytes == 8192
+    expected = b"a" * 4096 + b"b" * 1000 + b"c" * 3096
+    assert bytes(namespace.media.view[8192:16384]) == expected
+    assert (namespace.counters.writes, namespace.counters.write_bytes) == (1, 8192)
 
 
 def test_no_window_where_a_write_would_fail_or_wait(
     make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     namespace = make_namespace()
-    assert namespace.window(Command(WRITE, 0, SIZE - 1, 2), 0) is None
-    with namespace._fences.around(0, 4096):
-        assert namespace.window(Command(WRITE, 0, 0, 4096), 0) is None
+    assert namespace.window(Command(WRITE, 0, SIZE - 1, 2)) is None
+    with namespace._dispatcher.fences.around(0, 4096):
+        assert namespace.window(Command(WRITE, 0, 0, 4096)) is None
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr("pmblk.media.syscalls.reserve", full)
-    assert namespace.window(Command(WRITE, 0, 65536, 4096), 0) is None
-    namespace.read_only = True
-    assert namespace.window(Command(WRITE, 0, 0, 4096), 0) is None
+    assert namespace.window(Command(WRITE, 0, 65536, 4096)) is None
+    namespace.media.read_only = True
+    assert namespace.window(Command(WRITE, 0, 0, 4096)) is None
 
 
 def test_the_page_cache_gives_no_window(make_namespace: MakeNamespace) -> None:
-    assert make_namespace(kind="page-cache").window(Command(WRITE, 0, 0, 4096), 0) is None
+    assert make_namespace(kind="page-cache").window(Command(WRITE, 0, 0, 4096)) is None
 
 
 async def test_a_flush_waits_for_the_sync_of_the_media(make_namespace: MakeNamespace) -> None:

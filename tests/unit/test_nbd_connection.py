@@ -63,9 +63,10 @@ class SlowFlush:
         self._execute([command for command in commands if command.opcode != 0])
         return flushes
 
-    async def complete(self, commands: list[Command]) -> None:
+    async def complete(self, commands: list[Command]) -> list[Command]:
         self.batches.append(len(commands))
         await self.go_on.wait()
+        return []
 
 
 async def test_a_flush_that_waits_holds_up_no_later_read(
@@ -227,7 +228,7 @@ async def test_a_window_that_closes_half_way_lets_the_rest_in_through_a_buffer(
         request = client.request(WRITE, 1, LARGE, LARGE, data=payload)
         await send_all(theirs, request[:100_000])
         await trio.testing.wait_all_tasks_blocked()
-        with namespace._fences.around(0, 4 * LARGE):
+        with namespace._dispatcher.fences.around(0, 4 * LARGE):
             await send_all(theirs, request[100_000:])
             await trio.testing.wait_all_tasks_blocked()
             assert namespace.counters.writes == 0, "it waits for the fence"

@@ -95,6 +95,28 @@ async def test_when_every_frame_is_held_an_io_waits_and_then_goes_on(
     namespace.release([read])
 
 
+async def test_one_client_may_ask_for_more_than_the_arena_at_once(
+    make_namespace: MakeNamespace,
+) -> None:
+    """Nobody waits for memory while holding memory: each turn answers what it can."""
+    namespace = make_namespace(8 << 20, kind="page-cache", options=ARENA)
+    namespace.media.reserve(0, 8 << 20)
+    reads = [Command(READ, 0, part << 18, 1 << 18) for part in range(32)]
+    waiting = namespace.execute(reads)
+    assert 0 < len(waiting) < 32
+    namespace.release(reads)
+    with trio.fail_after(5):
+        while waiting:
+            rest = await namespace.complete(waiting)
+            assert len(rest) < len(waiting)
+            finished = waiting[: len(waiting) - len(rest)]
+            assert all(len(content(read)) == 1 << 18 for read in finished)
+            namespace.release(finished)
+            waiting = rest
+    assert namespace.counters.reads == 32
+    assert cache_of(namespace).leases == 0
+
+
 async def test_an_io_larger_than_the_arena_goes_through_in_pieces(
     make_namespace: MakeNamespace,
 ) -> None:

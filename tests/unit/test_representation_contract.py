@@ -13,7 +13,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmblk import Command, Namespace
+from pmblk import Command, Namespace, representations
 from pmblk.media import create, open_media
 from pmblk.nvme.command import (
     ALLOCATE,
@@ -36,6 +36,11 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("page-cache", {}),
     ("page-cache", {"arena": "1MiB"}),
 ]
+
+
+def test_every_kind_is_under_contract() -> None:
+    assert {kind for kind, _ in KINDS} == set(representations.KINDS)
+
 
 ranges = st.tuples(
     st.one_of(st.integers(0, SIZE_ODD - 1), st.integers(0, SIZE // 4096).map(lambda n: n * 4096)),
@@ -62,7 +67,7 @@ class Checker:
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
         self.model = bytearray(namespace.size)
-        self.held: list[tuple[Command, bytes]] = []
+        self.held: list[tuple[Command, list[bytes]]] = []  # with every version since the hold
         self.number = 0
 
     async def run(self, command: Command) -> Command:
@@ -76,6 +81,11 @@ class Checker:
         assert command.status == 0, command
         return command
 
+    def changed(self) -> None:
+        """The model has changed: a held range may show the old bytes or the new, by the byte."""
+        for command, versions in self.held:
+            versions.append(bytes(self.model[command.offset : command.offset + command.length]))
+
     async def step(self, kind: int | str, offset: int, length: int, flags: int) -> None:
         offset = min(offset, self.namespace.size)
         length = min(length, self.namespace.size - offset)
@@ -86,10 +96,12 @@ class Checker:
             payload = payload[:length]
             await self.run(Command(WRITE, flags, offset, length, payload=memoryview(payload)))
             self.model[span] = payload
+            self.changed()
         elif kind in (WRITE_ZEROES, DATASET_MANAGEMENT):
             await self.run(Command(int(kind), flags, offset, length))
             if kind == WRITE_ZEROES or self.namespace.media.punches:
                 self.model[span] = bytes(length)
+                self.changed()
         elif kind == FLUSH:
             await self.run(Command(FLUSH, 0, 0, 0))
             self.check_media()
@@ -101,11 +113,14 @@ class Checker:
             command = await self.run(Command(READ, 0, offset, length))
             assert content(command) == self.model[span]
             if kind == "hold":
-                self.held.append((command, b""))
+                self.held.append((command, [bytes(self.model[span])]))
             else:
                 self.namespace.release((command,))
 
     def release_all(self) -> None:
+        for command, versions in self.held:
+            for found, *allowed in zip(content(command), *versions, strict=True):
+                assert found in allowed, "held memory was put to another use"
         self.namespace.release(command for command, _ in self.held)
         self.held.clear()
 

@@ -23,9 +23,9 @@ IN_MEMORY = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
 class Durability(abc.ABC):
     """One level over one mapping.
 
-    `stored` runs after every store and must be cheap; `sync` may block, and then runs off the
-    event loop (`sync_blocks`). A level that needs no call after a store says so in
-    `follows_stores`.
+    `stored` runs after every store and must be cheap; a level that needs no call after a store
+    says so in `follows_stores`. `fence` runs on the thread that stored. `sync` may block, and runs
+    on any thread, when `sync_blocks`; otherwise a fence is all there is to do.
     """
 
     level: ClassVar[str]
@@ -37,11 +37,14 @@ class Durability(abc.ABC):
     @property
     @abc.abstractmethod
     def sync_blocks(self) -> bool:
-        """Whether `sync` has anything to wait for right now."""
+        """Whether durability needs `sync` right now."""
 
     @abc.abstractmethod
     def sync(self) -> None:
-        """All that was stored before this call is durable after it. Raises OSError."""
+        """All that was stored and fenced before this call is durable after it. Raises OSError."""
+
+    def fence(self) -> None:
+        """The stores of this thread so far are ordered before whatever follows."""
 
     def stored(self, offset: int, length: int) -> None:
         """A store to the mapping was made."""
@@ -55,7 +58,7 @@ class InMemory(Durability):
     sync_blocks = False
 
     def sync(self) -> None:
-        pass
+        raise AssertionError("never blocks, so nobody has to sync")
 
 
 class PageCached(Durability):
@@ -85,27 +88,26 @@ class PersistentMemory(Durability):
         self._fd = fd
         self._address = address
         self._library = library
-        self._layout_dirty = False
+        self._layout_changes = 0
+        self._layout_synced = 0  # changes that are durable; behind until fdatasync has returned
 
     @property
     def sync_blocks(self) -> bool:
-        return self._layout_dirty
+        return self._layout_changes != self._layout_synced
 
     def sync(self) -> None:
+        changes = self._layout_changes
+        os.fdatasync(self._fd)
+        self._layout_synced = changes
+
+    def fence(self) -> None:
         self._library.drain()
-        if self._layout_dirty:
-            self._layout_dirty = False
-            try:
-                os.fdatasync(self._fd)
-            except OSError:
-                self._layout_dirty = True
-                raise
 
     def stored(self, offset: int, length: int) -> None:
         self._library.flush(self._address + offset, length)
 
     def layout_changed(self) -> None:
-        self._layout_dirty = True
+        self._layout_changes += 1
 
 
 def map_and_detect(fd: int, size: int, *, read_only: bool) -> tuple[mmap.mmap, Durability]:

@@ -72,6 +72,10 @@ class Media:
         self.view[offset : offset + len(data)] = data
         self.durability.stored(offset, len(data))
 
+    def stored(self, offset: int, length: int) -> None:
+        """Somebody stored to `view` itself, not with `store`."""
+        self.durability.stored(offset, length)
+
     def reserve(self, offset: int, length: int) -> None:
         """Every page of the range has memory under it afterwards. Raises OSError (ENOSPC, ...)."""
         if self.allocation.covers(offset, length):

@@ -60,9 +60,11 @@ class Command(msgspec.Struct, gc=False):
     """`offset` and `length` are bytes. `cookie` is the front end's own and comes back untouched.
 
     `payload` (WRITE) belongs to the front end; the engine reads it before `execute` returns, and
-    takes a copy of its own when the command has to wait; a WRITE without one was received into a
-    `Namespace.window`. `segments` (READ) are views of memory
-    that stays as it is until `Namespace.release`; `extents` is the answer to GET_LBA_STATUS.
+    takes a copy of its own when the command has to wait. The first `received` bytes of a write are
+    in memory already (`Namespace.window`), and `payload` is the rest.
+
+    `segments` (READ) are views of memory that is held until `Namespace.release`, and may be looked
+    at until the next await after it. `extents` is the answer to GET_LBA_STATUS.
     """
 
     opcode: int
@@ -71,6 +73,7 @@ class Command(msgspec.Struct, gc=False):
     length: int
     cookie: int = 0
     payload: "memoryview | bytes | None" = None
+    received: int = 0
     status: int = 0
     segments: "Sequence[Segment] | None" = None
     extents: "list[Extent] | None" = None

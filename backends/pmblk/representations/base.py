@@ -49,7 +49,7 @@ class Representation(abc.ABC):
         """
 
     def release(self, leases: Sequence[Lease]) -> None:
-        """These I/Os are done; their views must not be used any more."""
+        """These I/Os are done. Their views may be looked at until the next await, not after."""
         self.leases -= len(leases)
 
     @abc.abstractmethod
@@ -57,8 +57,15 @@ class Representation(abc.ABC):
         """Take `payload` in before returning; False: nothing was taken, ask again later."""
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """Memory to store a write's bytes to directly, until the next await; None: use `write`."""
+        """Memory to store a write's bytes to directly, until the next await; None: use `write`.
+
+        Say `stored` of what was stored.
+        """
         return None
+
+    def stored(self, offset: int, length: int) -> None:
+        """A part of a window has been filled."""
+        self.media.stored(offset, length)
 
     def zero(self, offset: int, length: int) -> None:
         """Zeroes over a reserved range, in memory: the way for ranges that must not be punched."""

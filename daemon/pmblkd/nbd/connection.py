@@ -116,7 +116,7 @@ class Connection:
             if requests.disconnecting:
                 return
             command = requests.bulk_write
-            if command is not None and namespace.window(command, 0) is not None:
+            if command is not None and namespace.window(command) is not None:
                 await self._receive_bulk(command, requests.take_bulk_payload(), namespace)
                 await self._answer([command], replies, namespace)
             count = await self._receive(requests.receive_buffer())
@@ -144,11 +144,10 @@ class Connection:
         The window is asked for anew at every piece, since nothing may be kept over a wait. When it
         is refused half way, the rest arrives in a buffer and is an ordinary write.
         """
-        done = 0
-        while done < command.length:
-            window = namespace.window(command, done)
+        while command.received < command.length:
+            window = namespace.window(command)
             if window is None:
-                await self._receive_rest(command, done, head)
+                await self._receive_rest(command, head)
                 return
             if head:
                 count: int | None = len(head)
@@ -161,14 +160,11 @@ class Connection:
                 continue
             if count == 0:
                 raise Disconnected("left in the middle of a write")
-            namespace.received(command.offset + done, count)
-            done += count
+            namespace.received(command, count)
 
-    async def _receive_rest(self, command: Command, done: int, head: memoryview) -> None:
-        """What is not in memory yet becomes the payload of the command, and all that it writes."""
-        command.offset += done
-        command.length -= done
-        command.payload = rest = memoryview(bytearray(command.length))
+    async def _receive_rest(self, command: Command, head: memoryview) -> None:
+        """What is not in memory yet becomes the payload of the command."""
+        command.payload = rest = memoryview(bytearray(command.length - command.received))
         rest[: len(head)] = head
         filled = len(head)
         while filled < len(rest):
@@ -193,13 +189,22 @@ class Connection:
                 await self._more_waiting.wait()
                 self._more_waiting = trio.Event()
                 continue
-            batch, self._waiting, self._waiting_bytes = self._waiting, [], 0
-            try:
-                await namespace.complete(batch)
-                await self._send(replies.encode(batch), namespace)
-            finally:
-                namespace.release(batch)
+            batch: Sequence[Command] = self._waiting
+            self._waiting, self._waiting_bytes = [], 0
+            while batch:
+                batch = await self._complete_some(batch, replies, namespace)
             self._room.set()
+
+    async def _complete_some(
+        self, batch: Sequence[Command], replies: ReplyEncoder, namespace: Namespace
+    ) -> Sequence[Command]:
+        """Finish and answer some of `batch`; what still waits comes back."""
+        try:
+            rest = await namespace.complete(batch)
+            await self._send(replies.encode(batch[: len(batch) - len(rest)]), namespace)
+        finally:
+            namespace.release(batch)
+        return rest
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()

@@ -1,0 +1,19 @@
+"""What a namespace did: plain ints, added to on the I/O path and read when somebody asks."""
+
+import msgspec
+
+
+class Counters(msgspec.Struct):
+    """One command of a front end counts once, however it was carried out (NVMe: SMART log)."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    write_bytes: int = 0
+    zeroes: int = 0
+    zero_bytes: int = 0
+    deallocations: int = 0
+    deallocated_bytes: int = 0
+    flushes: int = 0
+    errors: int = 0
+    waits: int = 0  # commands that could not be answered on the spot

@@ -1,0 +1,216 @@
+"""One command against memory, on the spot: the guard, and what each opcode means.
+
+Nothing here awaits. What cannot be finished now is refused with False and left as it was, and
+`Namespace.complete` tries again when it may succeed.
+
+Rules that live here and nowhere else:
+
+1. Every command passes the guard: range, read-only, health.
+2. A write reserves its pages before it stores; a read never touches a hole (`pmblk.media`).
+3. After a sync has failed, every later write fails: nothing can prove what is durable.
+4. A deallocated range reads as zeroes, where the file system punches holes.
+"""
+
+from pmblk.counters import Counters
+from pmblk.fences import Fences
+from pmblk.media import Media
+from pmblk.media.group_sync import GroupSync
+from pmblk.nvme.command import (
+    ALLOCATE,
+    DATASET_MANAGEMENT,
+    FAST_ONLY,
+    FIRST_EXTENT,
+    FLUSH,
+    FUA,
+    GET_LBA_STATUS,
+    PREFETCH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Command,
+    Hole,
+    Segment,
+)
+from pmblk.nvme.status import Status, from_oserror
+from pmblk.ranges import Extent, merge_extents
+from pmblk.representations.base import Lease, Representation
+from pmblk.zeroing import INLINE_BYTES, clear
+
+EXTENTS_MAX = 4096  # one answer to GET_LBA_STATUS; the client asks again from its end
+
+
+class Dispatcher:
+    """Shared by the two halves of a `Namespace`; knows nothing of batches and waiting."""
+
+    def __init__(self, media: Media, representation: Representation) -> None:
+        self.media = media
+        self.representation = representation
+        self.counters = Counters()
+        self.fences = Fences()
+        self.sync = GroupSync(media.durability)
+        self._handlers = {
+            READ: self._read,
+            WRITE: self._write,
+            FLUSH: self._flush,
+            WRITE_ZEROES: self._clear,
+            DATASET_MANAGEMENT: self._clear,
+            GET_LBA_STATUS: self._lba_status,
+            PREFETCH: self._prefetch,
+        }
+
+    def attempt(self, command: Command) -> bool:
+        """Finish the command now if it can be, and count it; False when it must wait."""
+        if self.fences and self.fences.overlap(command.offset, command.length):
+            return False
+        status = self.guard(command)
+        if status:
+            self.fail(command, status)
+            return True
+        try:
+            done = self.perform(command)
+        except OSError as error:
+            self.fail_with(command, error)
+            return True
+        if done and not command.status:
+            self.count(command)
+        return done
+
+    def guard(self, command: Command) -> Status:
+        """Range, read-only and health."""
+        opcode = command.opcode
+        if opcode == FLUSH:
+            return Status.SUCCESS
+        if command.length > self.media.size - command.offset:
+            return Status.LBA_OUT_OF_RANGE
+        if opcode in (WRITE, WRITE_ZEROES, DATASET_MANAGEMENT):
+            if self.media.read_only:
+                return Status.NAMESPACE_WRITE_PROTECTED
+            if self.sync.failure is not None:
+                return Status.WRITE_FAULT
+        return Status.SUCCESS
+
+    def perform(self, command: Command) -> bool:
+        """The command itself, past the guard. Raises OSError of the media."""
+        if command.length == 0 and command.opcode != FLUSH:
+            command.segments = []
+            command.extents = []
+            return True
+        handler = self._handlers.get(command.opcode)
+        if handler is None:
+            self.fail(command, Status.INVALID_OPCODE)
+            return True
+        return handler(command)
+
+    def fail(self, command: Command, status: Status) -> None:
+        command.status = status
+        self.counters.errors += 1
+
+    def fail_with(self, command: Command, error: OSError) -> None:
+        reading = command.opcode in (READ, GET_LBA_STATUS)
+        fault = Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
+        self.fail(command, from_oserror(error, otherwise=fault))
+
+    def count(self, command: Command) -> None:
+        """A command has succeeded."""
+        counters, opcode, length = self.counters, command.opcode, command.length
+        if opcode == READ:
+            counters.reads += 1
+            counters.read_bytes += length
+        elif opcode == WRITE:
+            counters.writes += 1
+            counters.write_bytes += length
+        elif opcode == WRITE_ZEROES:
+            counters.zeroes += 1
+            counters.zero_bytes += length
+        elif opcode == DATASET_MANAGEMENT:
+            counters.deallocations += 1
+            counters.deallocated_bytes += length
+        elif opcode == FLUSH:
+            counters.flushes += 1
+
+    def must_allocate(self, command: Command) -> bool:
+        return bool(command.flags & ALLOCATE) or not self.media.punches
+
+    def window(self, command: Command) -> memoryview | None:
+        """Memory for the bytes of a write that are not received yet; None: let `attempt` see it."""
+        if self.fences or self.guard(command):
+            return None
+        offset, length = command.offset + command.received, command.length - command.received
+        try:
+            self.media.reserve(offset, length)
+        except OSError:
+            return None
+        return self.representation.window(offset, length)
+
+    # ---- one opcode each
+
+    def _write(self, command: Command) -> bool:
+        offset, length = command.offset + command.received, command.length - command.received
+        if length:
+            payload = command.payload
+            assert payload is not None
+            assert len(payload) == length
+            self.media.reserve(offset, length)
+            if not self.representation.write(offset, payload):
+                return False
+        return self._persist_if_asked(command)
+
+    def _read(self, command: Command) -> bool:
+        """Holes are told apart; the memory between them is held piece by piece."""
+        segments: list[Segment] = []
+        leases: list[Lease] = []
+        extents = self.media.allocation.extents(command.offset, command.length)
+        for extent in merge_extents(extents):
+            if extent.hole:
+                segments.append(Hole(extent.length))
+                continue
+            lease = self.representation.hold(extent.offset, extent.length)
+            if lease is None:
+                self.representation.release(leases)
+                return False
+            segments += lease
+            leases.append(lease)
+        command.segments = segments
+        command.lease = tuple(leases)
+        return True
+
+    def _flush(self, command: Command) -> bool:
+        """A flush with nothing to wait for."""
+        return self.media.read_only or (not self.representation.dirty() and self.sync.try_now())
+
+    def _persist_if_asked(self, command: Command) -> bool:
+        """FUA: the command's bytes to the media, and durable at once if that costs no wait."""
+        if not command.flags & FUA:
+            return True
+        self.representation.write_back(command.offset, command.length)
+        command.applied = not self.sync.try_now()
+        return not command.applied
+
+    def _clear(self, command: Command) -> bool:
+        """WRITE_ZEROES and deallocation."""
+        zeroing = command.opcode == WRITE_ZEROES
+        allocate = self.must_allocate(command)
+        if zeroing and allocate and command.flags & FAST_ONLY:
+            self.fail(command, Status.FAST_ZERO_NOT_POSSIBLE)
+            return True
+        if not zeroing and allocate:
+            return True  # deallocation is a hint, and this file system has no holes
+        if command.length > INLINE_BYTES:
+            return False
+        offset, length = command.offset, command.length
+        clear(self.media, self.representation, offset, length, allocate=allocate)
+        return self._persist_if_asked(command)
+
+    def _lba_status(self, command: Command) -> bool:
+        limit = 1 if command.flags & FIRST_EXTENT else EXTENTS_MAX
+        found: list[Extent] = []
+        extents = self.media.allocation.extents(command.offset, command.length)
+        for extent in merge_extents(extents):
+            found.append(extent)
+            if len(found) == limit:
+                break
+        command.extents = found
+        return True
+
+    def _prefetch(self, _command: Command) -> bool:
+        return True  # persistent memory is as near as it gets
