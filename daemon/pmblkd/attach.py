@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmblk import PmblkError
+from pmblkd.errors import WorkFailed
 
 Via = Literal["loop", "nbd"]
 
@@ -31,9 +32,12 @@ LOOP_CONTROL = Path("/dev/loop-control")
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81  # include/uapi/linux/loop.h
 
 
-def attach(namespace: Mapping[str, Any], *, via: Via) -> Path:
-    """The block device of the namespace (as the control socket describes it). Idempotent."""
-    if via == "nbd":
+def attach(namespace: Mapping[str, Any], *, via: Via | None) -> Path:
+    """The block device of the namespace (as the control socket describes it). Idempotent.
+
+    `via` None: loop where the namespace has a FUSE file, else nbd.
+    """
+    if via == "nbd" or (via is None and namespace["fuse"] is None):
         return _attach_nbd(namespace)
     return _attach_loop(namespace)
 
@@ -220,5 +224,6 @@ def _run(program: str, *arguments: str) -> str:
             f"{program} did not end in {PROGRAM_SECONDS} s", hint="is the daemon alive?"
         ) from None
     if done.returncode != 0:
-        raise PmblkError(f"{program}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        words = done.stderr.strip() or f"exit status {done.returncode}"
+        raise WorkFailed(words if words.startswith(program) else f"{program}: {words}")
     return done.stdout

@@ -23,8 +23,8 @@ from pmblkd import (
 from pmblkd import (
     config as configuration,
 )
-from pmblkd.errors import first_leaf
-from pmblkd.service import Service, StopFailed
+from pmblkd.errors import WorkFailed, only_ours
+from pmblkd.service import Service
 
 app = cyclopts.App(
     name="pmblk",
@@ -79,7 +79,10 @@ def attach(
     name: str,
     /,
     *,
-    via: Annotated[attaching.Via, Parameter(help="The kernel driver to use.")] = "loop",
+    via: Annotated[
+        attaching.Via | None,
+        Parameter(help="The kernel driver; loop if there is a FUSE file, else nbd."),
+    ] = None,
     socket: Socket = DEFAULT_SOCKET,
     json: AsJson = False,
 ) -> None:
@@ -100,10 +103,8 @@ def detach(
     devices = [str(device) for device in attaching.detach(_find(name, socket))]
     if json:
         print(msgspec.json.encode({"devices": devices}).decode())
-    elif devices:
-        print("\n".join(devices))
     else:
-        raise PmblkError(f"{name} is not attached")
+        print("\n".join(devices) or f"{name} is not attached")
 
 
 @app.command
@@ -131,8 +132,8 @@ def _print_table(namespaces: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("NAME", "SIZE", "USED", "LBA"):
         table.add_column(heading, justify="left" if heading == "NAME" else "right")
-    table.add_column("AS")
-    table.add_column("DURABLE, AND WHERE IT IS", overflow="fold")
+    table.add_column("MEMORY AS")
+    table.add_column("DURABILITY AND EXPORTS", overflow="fold")
     for namespace in namespaces:
         lines = [f"{namespace['durability']}: {namespace['durability_reason']}"]
         if namespace["read_only"]:
@@ -158,10 +159,10 @@ def main() -> None:
     except cyclopts.CycloptsError as error:
         _fail(f"{error}; see pmblk --help", 2)
     except (PmblkError, BaseExceptionGroup) as error:
-        reason = first_leaf(error)
-        if not isinstance(reason, PmblkError):
+        reason = only_ours(error)
+        if reason is None:
             raise
-        _fail(str(reason), 1 if isinstance(reason, StopFailed) else 2)
+        _fail(str(reason), 1 if isinstance(reason, WorkFailed) else 2)
 
 
 def _fail(message: str, status: int) -> None:

@@ -249,20 +249,11 @@ def _check(file: Path, config: Config) -> None:
     if not config.namespace:
         raise wrong("namespace", "there is none", "add a [[namespace]] table")
     names: dict[str, int] = {}
-    files: dict[Path, str] = {}
     for index, namespace in enumerate(config.namespace):
         place = f"namespace[{index}]"
         _check_namespace(file, place, namespace)
         if names.setdefault(namespace.name, index) != index:
             raise wrong(f"{place}.name", f'a second "{namespace.name}"', "names are unique")
-        target = namespace.file.resolve()
-        if target in files:
-            raise wrong(
-                f"{place}.path",
-                f"{namespace.path} already belongs to {files[target]}",
-                "give each namespace a file of its own",
-            )
-        files[target] = namespace.name
     if config.nbd is None and config.fuse is None:
         raise wrong("", "nothing is exported", "add [nbd] with listen, or [fuse] with mountpoint")
     _check_exports(file, config, list(names))
@@ -286,9 +277,9 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
     try:
         size = namespace.size_bytes
     except ValueError as error:
-        raise wrong("size", str(error)) from None
+        raise wrong("size", str(error), 'e.g. "1GiB"') from None
     if size == 0:
-        raise wrong("size", "a namespace has at least one block")
+        raise wrong("size", "0 is too small", f"at least {namespace.lba_size}, one block")
     if size is not None and size % namespace.lba_size:
         nearest = size // namespace.lba_size * namespace.lba_size or namespace.lba_size
         raise wrong(
@@ -337,7 +328,7 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
             except ValueError as error:
                 raise ConfigError(file, f"nbd.listen[{index}]", str(error)) from None
         if len(set(nbd.listen)) < len(nbd.listen):
-            raise ConfigError(file, "nbd.listen", "names an address twice")
+            raise ConfigError(file, "nbd.listen", "names an address twice", hint="name each once")
         if nbd.default is not None and nbd.default not in names:
             raise ConfigError(
                 file,
@@ -346,7 +337,12 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
                 hint=did_you_mean(nbd.default, names),
             )
         if nbd.max_connections < 1:
-            raise ConfigError(file, "nbd.max_connections", "is at least 1")
+            raise ConfigError(
+                file,
+                "nbd.max_connections",
+                f"{nbd.max_connections} is too small",
+                hint="64 is the default",
+            )
     if config.fuse is not None and not config.fuse.mountpoint.startswith("/"):
         raise ConfigError(file, "fuse.mountpoint", "is not absolute", hint="start it with /")
 
@@ -354,9 +350,19 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
 def _check_daemon(file: Path, config: Config) -> None:
     daemon = config.daemon
     if daemon.stop_seconds <= 0:
-        raise ConfigError(file, "daemon.stop_seconds", "is more than 0")
+        raise ConfigError(
+            file,
+            "daemon.stop_seconds",
+            f"{daemon.stop_seconds:g} is too small",
+            hint="20 is the default",
+        )
     if not 0 <= daemon.busy_poll_us <= 1000:
-        raise ConfigError(file, "daemon.busy_poll_us", "is from 0 (off) to 1000")
+        raise ConfigError(
+            file,
+            "daemon.busy_poll_us",
+            f"{daemon.busy_poll_us} is out of range",
+            hint="0 (off) to 1000",
+        )
     levels = ("debug", "info", "warning", "error")
     if daemon.log_level not in levels:
         hint = did_you_mean(daemon.log_level, levels)

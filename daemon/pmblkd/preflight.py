@@ -16,20 +16,18 @@ from pmblkd.listen import UnixAddress, check_free
 
 def check(file: Path, config: Config) -> None:
     """Raises ConfigError for the first thing that is not as it has to be."""
-    inodes: dict[tuple[int, int], str] = {}
+    owners: dict[object, str] = {}
     for index, namespace in enumerate(config.namespace):
         place = f"namespace[{index}]"
+        owner = owners.setdefault(_identity(namespace.file), namespace.name)
+        if owner != namespace.name:
+            raise ConfigError(
+                file,
+                f"{place}.path",
+                f"{namespace.path} already belongs to {owner}",
+                hint="give each namespace a file of its own",
+            )
         _check_media(file, place, namespace)
-        if namespace.file.exists():
-            status = namespace.file.stat()
-            owner = inodes.setdefault((status.st_dev, status.st_ino), namespace.name)
-            if owner != namespace.name:
-                raise ConfigError(
-                    file,
-                    f"{place}.path",
-                    f"{namespace.path} is the same file as {owner}'s",
-                    hint="give each namespace a file of its own",
-                )
     for key, address in config.sockets:
         if isinstance(address, UnixAddress) and _is_ours_to_make(address.path.parent):
             continue
@@ -41,20 +39,27 @@ def check(file: Path, config: Config) -> None:
         _check_mountpoint(file, Path(config.fuse.mountpoint))
 
 
+def _identity(path: Path) -> object:
+    """The same for every name of a file: symbolic links, hard links, and files to be created."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return status.st_dev, status.st_ino
+
+
 def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
     path = namespace.file
     if path.exists():
         try:
-            size = inspect(path, size=namespace.size_bytes, read_only=namespace.read_only)
+            inspect(
+                path,
+                size=namespace.size_bytes,
+                lba_bytes=namespace.lba_size,
+                read_only=namespace.read_only,
+            )
         except PmblkError as error:
             raise ConfigError(file, f"{place}.path", error.message, hint=error.hint) from None
-        if size % namespace.lba_size:
-            raise ConfigError(
-                file,
-                f"{place}.lba_size",
-                f"{path} has {size} bytes, no multiple of it",
-                hint="choose 512, or another file",
-            )
         return
     if not path.parent.is_dir():
         raise ConfigError(
@@ -72,7 +77,12 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
             file, f"{place}.path", f"there is no {path} to read", hint="leave read_only out"
         )
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(file, f"{place}.path", f"cannot create files in {path.parent}")
+        raise ConfigError(
+            file,
+            f"{place}.path",
+            f"cannot create files in {path.parent}",
+            hint="mend its rights, or name another path",
+        )
 
 
 def _is_ours_to_make(directory: Path) -> bool:

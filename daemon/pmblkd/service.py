@@ -19,12 +19,13 @@ import msgspec
 import structlog
 import trio
 
-from pmblk import MediaError, Namespace, PmblkError
+from pmblk import Namespace
 from pmblk.media import create, open_media
 from pmblk.representations import make
 from pmblkd import preflight, systemd
 from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
 from pmblkd.control import ControlServer
+from pmblkd.errors import WorkFailed
 from pmblkd.fuse import mounts
 from pmblkd.fuse.files import Files
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
@@ -33,10 +34,6 @@ from pmblkd.nbd.server import NbdServer
 from pmblkd.spin import Spinner
 
 _log = structlog.get_logger(__name__)
-
-
-class StopFailed(PmblkError):
-    """The daemon served, but did not stop as it should."""
 
 
 class Service:
@@ -67,7 +64,7 @@ class Service:
                     await self._flush_namespaces()
                     nursery.cancel_scope.cancel()
         if self._serving.cancelled_caught:
-            raise StopFailed("clients did not let go in time and were cut off")
+            raise WorkFailed("clients did not let go in time and were cut off")
         _log.info("stopped")
 
     # ---- start
@@ -120,11 +117,14 @@ class Service:
             assert size is not None, "preflight saw to it"
             create(config.file, size)
             undo_on_failure.callback(config.file.unlink)
-        media = open_media(config.file, size=config.size_bytes, read_only=config.read_only)
+        media = open_media(
+            config.file,
+            size=config.size_bytes,
+            lba_bytes=config.lba_size,
+            read_only=config.read_only,
+        )
         undo.callback(media.close)
         representation = make(config.representation_kind, media, config.representation_options)
-        if media.size % config.lba_size:
-            raise MediaError(f"{config.path} has {media.size} bytes, no multiple of its lba_size")
         self._namespaces[config.name] = Namespace(
             config.name, media, representation, lba_bytes=config.lba_size
         )
@@ -175,7 +175,7 @@ class Service:
             try:
                 await namespace.flush()
             except OSError as error:
-                raise StopFailed(str(error), hint="what was flushed before is safe") from error
+                raise WorkFailed(str(error), hint="what was flushed before is safe") from error
 
     # ---- control
 

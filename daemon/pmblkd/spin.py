@@ -19,7 +19,7 @@ class Spinner:
     """
 
     def __init__(self, busy_poll_us: int) -> None:
-        self.last_batch = 0
+        self._last_batch = 0
         self.seconds = busy_poll_us / 1e6
         self._last_user: object = None
         self._promising = False
@@ -33,7 +33,11 @@ class Spinner:
         if not alone or self._spins > TURN_SPINS:
             self._spins = 0
             return False
-        return self._promising and self.last_batch <= SMALL_BATCH and self.seconds > 0
+        return self._promising and self._last_batch <= SMALL_BATCH and self.seconds > 0
+
+    def answered(self, commands: int) -> None:
+        """A batch of so many commands was answered at once."""
+        self._last_batch = commands
 
     def waited(self, seconds: float) -> None:
         """A wait in the event loop took this long."""

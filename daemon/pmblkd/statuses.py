@@ -15,11 +15,9 @@ _ERRNO: Mapping[int, int] = MappingProxyType(
     {
         Status.INVALID_OPCODE: errno.EINVAL,
         Status.INVALID_FIELD: errno.EINVAL,
-        Status.INTERNAL_ERROR: errno.EIO,
         Status.NAMESPACE_WRITE_PROTECTED: errno.EPERM,
         Status.LBA_OUT_OF_RANGE: errno.EINVAL,
         Status.CAPACITY_EXCEEDED: errno.ENOSPC,
-        Status.NAMESPACE_NOT_READY: errno.ESHUTDOWN,
         Status.FAST_ZERO_NOT_POSSIBLE: errno.EOPNOTSUPP,
         Status.WRITE_FAULT: errno.EIO,
         Status.UNRECOVERED_READ_ERROR: errno.EIO,

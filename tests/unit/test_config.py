@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from pmblkd import config as configuration
+from pmblkd import preflight
 from pmblkd.config import Config, ConfigError, load
 from pmblkd.listen import TcpAddress, UnixAddress, parse_address
 
@@ -70,7 +71,7 @@ def test_the_full_config_shows_the_defaults() -> None:
         ('name = "ns1"', 'name = "a/b"', "namespace[0].name", "cannot be a name"),
         ('name = "ns1"', "", "namespace[0].name", "missing"),
         ('"1GiB"', '"1GB"', "namespace[0].size", "is not a size"),
-        ('"1GiB"', "0", "namespace[0].size", "at least one block"),
+        ('"1GiB"', "0", "namespace[0].size", "one block"),
         ('"1GiB"', "5000", "namespace[0].size", "4096 would be"),
         ('"1GiB"', '"1GiB"\nlba_size = 1024', "namespace[0].lba_size", "512 or 4096"),
         ('"/dev/shm/ns1.img"', '"ns1.img"', "namespace[0].path", "start it with /"),
@@ -102,10 +103,10 @@ def test_the_full_config_shows_the_defaults() -> None:
         ('["unix:/run/pmblk/nbd.sock"]', '["unix:x"]', "nbd.listen[0]", "no address"),
         ('["unix:/run/pmblk/nbd.sock"]', '["tcp:h:1", "tcp:h:1"]', "nbd.listen", "twice"),
         ("listen", 'default = "ns2"\nlisten', "nbd.default", 'did you mean "ns1"'),
-        ("listen", "max_connections = 0\nlisten", "nbd.max_connections", "at least 1"),
+        ("listen", "max_connections = 0\nlisten", "nbd.max_connections", "0 is too small"),
         ("[nbd]", '[fuse]\nmountpoint = "mnt"\n[nbd]', "fuse.mountpoint", "start it with /"),
-        ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "more than 0"),
-        ("[nbd]", "[daemon]\nbusy_poll_us = 5000\n[nbd]", "daemon.busy_poll_us", "1000"),
+        ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "0 is too small"),
+        ("[nbd]", "[daemon]\nbusy_poll_us = 5000\n[nbd]", "daemon.busy_poll_us", "0 (off) to 1000"),
         ("[nbd]", '[daemon]\nlog_level = "warn"\n[nbd]', "daemon.log_level", '"warning"'),
         ("[nbd]", '[control]\nsocket = "x"\n[nbd]', "control.socket", "absolute path"),
     ],
@@ -131,8 +132,9 @@ def test_two_namespaces_on_one_file_are_refused_whatever_the_path_looks_like(
 ) -> None:
     (tmp_path / "link").symlink_to("/dev/shm/ns1.img")
     for path in ("/dev/shm/ns1.img", "/dev/shm/../shm/ns1.img", str(tmp_path / "link")):
+        file = write(tmp_path, second(path))
         with pytest.raises(ConfigError, match="already belongs to ns1"):
-            load(write(tmp_path, second(path)))
+            preflight.check(file, load(file))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A connection over a socket pair: what waits, what is stuck, and how it ends."""
 
+import os
 import socket
 from collections.abc import Iterator
 
@@ -269,9 +270,19 @@ async def test_no_handshake_in_time_closes(
 
 
 async def test_a_busy_client_is_answered_from_the_spin(
-    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One request at a time: after the first short wait the next ones need no turn of the loop."""
+    """One request at a time, from a thread: after the first short waits most come in the spin."""
+    spun: list[int | None] = []
+    spin = Connection._spin
+
+    def counted(self: Connection, buffer: memoryview) -> int | None:
+        spun.append(spin(self, buffer))
+        return spun[-1]
+
+    monkeypatch.setattr(Connection, "_spin", counted)
     namespace = make_namespace()
     namespace.media.reserve(0, 4096)
     ours, theirs = pair
@@ -280,8 +291,15 @@ async def test_a_busy_client_is_answered_from_the_spin(
         served = Connection(ours, peer="test", spinner=spinner)
         nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
         await go(theirs)
-        for cookie in range(20):
-            await theirs.send(client.request(READ, cookie, 0, 4))
-            await receive_exactly(theirs, 20)
-        await theirs.send(client.request(DISC))
-    assert namespace.counters.reads == 20
+        await trio.to_thread.run_sync(ask_one_at_a_time, theirs.fileno())
+    assert namespace.counters.reads == 200
+    assert sum(count is not None for count in spun) > 20
+
+
+def ask_one_at_a_time(fd: int) -> None:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setblocking(True)
+        for cookie in range(200):
+            sock.sendall(client.request(READ, cookie, 0, 4))
+            assert len(sock.recv(20, socket.MSG_WAITALL)) == 20
+        sock.sendall(client.request(DISC))

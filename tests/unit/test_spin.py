@@ -3,7 +3,7 @@ from pmblkd.spin import TURN_SPINS, Spinner
 
 def promising(busy_poll_us: int = 50) -> Spinner:
     spinner = Spinner(busy_poll_us)
-    spinner.last_batch = 1
+    spinner.answered(1)
     spinner.waited(0.0001)
     return spinner
 
@@ -22,7 +22,7 @@ def test_two_busy_clients_may_not() -> None:
 def test_a_deep_queue_needs_no_spin() -> None:
     spinner, user = promising(), object()
     spinner.worth_it(user)
-    spinner.last_batch = 8
+    spinner.answered(8)
     assert not spinner.worth_it(user)
 
 

@@ -149,13 +149,15 @@ def _sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def open_media(path: Path, *, size: int | None = None, read_only: bool = False) -> Media:
-    """Open, lock and map the file. `size`, if given, must be the file's own.
+def open_media(
+    path: Path, *, size: int | None = None, lba_bytes: int = 512, read_only: bool = False
+) -> Media:
+    """Open, lock and map the file, which has `size` bytes if that is given, and whole blocks.
 
     Raises MediaError, having changed nothing, for a file that is missing, not regular, of another
     size, owned by another process, or on a file system that cannot reserve space.
     """
-    fd = _open_locked(path, size=size, read_only=read_only)
+    fd = _open_locked(path, size=size, lba_bytes=lba_bytes, read_only=read_only)
     try:
         actual = os.fstat(fd).st_size
         if not read_only:
@@ -166,7 +168,9 @@ def open_media(path: Path, *, size: int | None = None, read_only: bool = False) 
         )
     except OSError as error:
         os.close(fd)
-        raise MediaError(f"cannot map {path}: {error.strerror}") from error
+        raise MediaError(
+            f"cannot map {path}: {error.strerror}", hint="can its file system map files?"
+        ) from error
     except MediaError:
         os.close(fd)
         raise
@@ -186,22 +190,20 @@ def _check_reservable(path: Path, fd: int) -> None:
         )
 
 
-def inspect(path: Path, *, size: int | None = None, read_only: bool = False) -> int:
-    """The size of a file that `open_media` would accept; changes nothing. Raises MediaError."""
-    fd = _open_locked(path, size=size, read_only=read_only)
-    try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+def inspect(path: Path, *, size: int | None, lba_bytes: int, read_only: bool) -> None:
+    """Whether `open_media` would accept the file; changes nothing. Raises MediaError."""
+    os.close(_open_locked(path, size=size, lba_bytes=lba_bytes, read_only=read_only))
 
 
-def _open_locked(path: Path, *, size: int | None, read_only: bool) -> int:
+def _open_locked(path: Path, *, size: int | None, lba_bytes: int, read_only: bool) -> int:
     try:
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise MediaError(f"cannot open {path}: {error.strerror}") from error
+        raise MediaError(
+            f"cannot open {path}: {error.strerror}", hint="mend the path or the file's rights"
+        ) from error
     try:
-        _check_file(path, fd, size)
+        _check_file(path, fd, size, lba_bytes)
         _lock(path, fd, shared=read_only)
     except BaseException:
         os.close(fd)
@@ -209,7 +211,7 @@ def _open_locked(path: Path, *, size: int | None, read_only: bool) -> int:
     return fd
 
 
-def _check_file(path: Path, fd: int, size: int | None) -> None:
+def _check_file(path: Path, fd: int, size: int | None, lba_bytes: int) -> None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path} is not a regular file", hint="name a file, or a path to create")
@@ -219,6 +221,11 @@ def _check_file(path: Path, fd: int, size: int | None) -> None:
         raise MediaError(
             f"{path} is {status.st_size} bytes long, not {size}",
             hint="leave the size out to take the file as it is, or name another file",
+        )
+    if status.st_size % lba_bytes:
+        raise MediaError(
+            f"{path} has {status.st_size} bytes, no multiple of {lba_bytes}",
+            hint="choose an lba_size of 512, or name another file",
         )
 
 

@@ -13,24 +13,14 @@ class Status(enum.IntEnum):
     # Generic command status (type 0)
     INVALID_OPCODE = 0x001
     INVALID_FIELD = 0x002
-    INTERNAL_ERROR = 0x006
     NAMESPACE_WRITE_PROTECTED = 0x020
     LBA_OUT_OF_RANGE = 0x080
     CAPACITY_EXCEEDED = 0x081
-    NAMESPACE_NOT_READY = 0x082
     # Command specific (type 1)
     FAST_ZERO_NOT_POSSIBLE = 0x1C0  # vendor range: NVMe has no word for "do it fast or not at all"
     # Media and data integrity errors (type 2)
     WRITE_FAULT = 0x280
     UNRECOVERED_READ_ERROR = 0x281
-
-    @property
-    def code_type(self) -> int:
-        return self >> 8
-
-    @property
-    def code(self) -> int:
-        return self & 0xFF
 
 
 _FROM_ERRNO = {

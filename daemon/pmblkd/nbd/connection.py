@@ -134,7 +134,7 @@ class Connection:
             await self._send(replies.encode(batch), namespace)
         finally:
             namespace.release(batch)
-        self._spinner.last_batch = len(batch)
+        self._spinner.answered(len(batch))
         if len(self._waiting) >= WAITING_MAX or self._waiting_bytes >= WAITING_BYTES_MAX:
             await self._wait_for_room()
 

@@ -138,14 +138,13 @@ class Handshake:
         magic, option, length = wire.OPTION.unpack_from(self._buffer)
         if magic != wire.OPTION_MAGIC:
             return self._close("an option without its magic number")
-        self._options += 1
-        if length > OPTION_BYTES_MAX or self._options > OPTIONS_MAX:
-            self._close(f"option {option}: {length} bytes of data, option {self._options}")
+        if length > OPTION_BYTES_MAX or self._options == OPTIONS_MAX:
+            self._close(f"option {option}: {length} bytes of data, after {self._options} options")
             return _reply(option, Rep.ERR_TOO_BIG, b"too much to be a handshake")
         end = wire.OPTION.size + length
         if len(self._buffer) < end:
-            self._options -= 1
             return None
+        self._options += 1
         data = bytes(self._buffer[wire.OPTION.size : end])
         del self._buffer[:end]
         return self._answer(option, data)

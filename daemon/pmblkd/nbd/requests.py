@@ -154,16 +154,16 @@ class RequestStream:
         for _ in _BATCH:
             if position > last_header:
                 break
-            magic, kind, cookie, offset, length = unpack(view, position)
+            magic, flags_and_type, cookie, offset, length = unpack(view, position)
             if magic != wire.REQUEST_MAGIC:
                 raise ProtocolError(f"request magic {magic:#x}")
             after = position + _HEADER_BYTES
-            opcode, flags = decode(kind, _INVALID)
+            opcode, flags = decode(flags_and_type, _INVALID)
             command = Command(opcode, flags, offset, length, cookie)
             if opcode == READ:
                 if length > wire.PAYLOAD_BYTES_MAX:
                     command.status = Status.INVALID_FIELD
-            elif kind & 0xFFFF == _WRITE_TYPE:
+            elif flags_and_type & 0xFFFF == _WRITE_TYPE:
                 if length > wire.PAYLOAD_BYTES_MAX:
                     command.status = Status.INVALID_FIELD
                     self._to_drain = length
@@ -180,7 +180,7 @@ class RequestStream:
                 else:
                     command.status = Status.INVALID_FIELD
                 after += length
-            elif kind & 0xFFFF == _DISC:
+            elif flags_and_type & 0xFFFF == _DISC:
                 self.disconnecting = True
                 position = end
                 break

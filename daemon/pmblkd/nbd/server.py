@@ -1,6 +1,6 @@
 """The NBD server: listeners, the table of exports, and the connections they bring.
 
-Not here: what a connection does (`connection`), the protocol (`handshake`, `transmission`).
+Not here: what a connection does (`connection`), the protocol (`handshake`, `requests`, `replies`).
 """
 
 import errno

@@ -7,7 +7,6 @@ the NBD_ prefix.
 import enum
 from struct import Struct
 
-DEFAULT_PORT = 10809
 STRING_BYTES_MAX = 4096
 
 # Handshake: greeting, options and their replies.
