@@ -36,7 +36,7 @@ from pmblk.ranges import Extent, merge_extents
 from pmblk.representations.base import Lease, Representation
 from pmblk.zeroing import INLINE_BYTES, clear
 
-EXTENTS_MAX = 4096  # one answer to GET_LBA_STATUS; the client asks again from its end
+EXTENTS_MAX = 1024  # one answer to GET_LBA_STATUS; the client asks again from its end
 
 
 class Dispatcher:

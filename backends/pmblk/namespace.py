@@ -53,6 +53,7 @@ class Namespace:
         self.size = media.size
         self.read_only = media.read_only
         self.starved = 0  # commands that wait for a lease to be released
+        self.starved_since = 0.0  # trio's clock, when the first of them began to
         self._dispatcher = Dispatcher(media, representation)
         self.counters = self._dispatcher.counters
         self._released = trio.Event()
@@ -192,6 +193,8 @@ class Namespace:
 
     async def _lease_released(self) -> None:
         released = self._released
+        if not self.starved:
+            self.starved_since = trio.current_time()
         self.starved += 1
         try:
             await released.wait()
@@ -233,13 +236,20 @@ class Namespace:
         reading = command.opcode == READ
         payload = None if reading else window
         piece = Command(command.opcode, 0, offset, len(window), payload=payload)
-        try:
-            while not self._dispatcher.perform(piece):
-                await self._lease_released()
-                await self._dispatcher.fences.lifted(offset, len(window))
-        except OSError as error:
-            self._dispatcher.fail_with(command, error)
-            return False
+        dispatcher = self._dispatcher
+        while True:
+            await dispatcher.fences.lifted(offset, len(window))
+            status = dispatcher.guard(piece)
+            if status:
+                dispatcher.fail(command, status)
+                return False
+            try:
+                if dispatcher.perform(piece):
+                    break
+            except OSError as error:
+                dispatcher.fail_with(command, error)
+                return False
+            await self._lease_released()
         if reading:
             _copy_segments(piece, window)
         self.release((piece,))

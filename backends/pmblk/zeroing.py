@@ -62,5 +62,5 @@ def _zero_edges(
         # A hole is zero as it is; only what has memory is stored to.
         for extent in list(media.allocation.extents(edge_start, edge_end - edge_start)):
             if not extent.hole:
-                representation.zero(extent.offset, extent.length)
+                _store_zeroes(media, representation, extent.offset, extent.length)
     return start, end

@@ -19,6 +19,8 @@ from pmblk.units import parse_size
 from pmblkd.listen import Address, UnixAddress, parse_address
 
 RUNTIME_DIRECTORY = Path("/run/pmblk")
+STOP_SECONDS_MAX = 3600
+SIZE_MAX = 64 << 40  # what one process can map
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -165,8 +167,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     table: Any = raw
     for parent in parents:
         table = _child(table, parent, key)
-    if isinstance(table, list):
-        raise ConfigError("--set", key, "names a list", hint="say which: namespace.NAME.size=...")
+    if not isinstance(table, dict):
+        raise ConfigError("--set", key, "is no key", hint="e.g. namespace.NAME.size=1GiB")
     table[last] = value
 
 
@@ -270,8 +272,8 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
             f'"{namespace.name}" cannot be a name',
             "letters, digits, dot, dash and underscore; it is also a file's name",
         )
-    if not namespace.path.startswith("/"):
-        raise wrong("path", f"{namespace.path} is not absolute", "start it with /")
+    if not namespace.path.startswith("/") or "\0" in namespace.path:
+        raise wrong("path", f"{namespace.path!r} is not an absolute path", "start it with /")
     if namespace.lba_size not in (512, 4096):
         raise wrong("lba_size", f"{namespace.lba_size} is no LBA size", "choose 512 or 4096")
     try:
@@ -280,6 +282,8 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
         raise wrong("size", str(error), 'e.g. "1GiB"') from None
     if size == 0:
         raise wrong("size", "0 is too small", f"at least {namespace.lba_size}, one block")
+    if size is not None and size > SIZE_MAX:
+        raise wrong("size", f"{namespace.size} is too large", "at most 64TiB")
     if size is not None and size % namespace.lba_size:
         nearest = size // namespace.lba_size * namespace.lba_size or namespace.lba_size
         raise wrong(
@@ -349,12 +353,12 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
 
 def _check_daemon(file: Path, config: Config) -> None:
     daemon = config.daemon
-    if daemon.stop_seconds <= 0:
+    if not 0 < daemon.stop_seconds <= STOP_SECONDS_MAX:
         raise ConfigError(
             file,
             "daemon.stop_seconds",
-            f"{daemon.stop_seconds:g} is too small",
-            hint="20 is the default",
+            f"{daemon.stop_seconds:g} is out of range",
+            hint=f"more than 0, at most {STOP_SECONDS_MAX}",
         )
     if not 0 <= daemon.busy_poll_us <= 1000:
         raise ConfigError(

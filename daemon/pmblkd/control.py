@@ -60,6 +60,8 @@ class ControlServer:
                 await self._answer_lines(stream)
             except trio.BrokenResourceError:
                 pass  # the asker left
+            except Exception:
+                _log.exception("control connection failed")
             finally:
                 self._clients -= 1
 
@@ -76,7 +78,7 @@ class ControlServer:
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             request = msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             return {"ok": False, "error": f"not a JSON object: {error}"}
         handler = self._handlers.get(str(request.get("command")))
         if handler is None:

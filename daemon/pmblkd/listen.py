@@ -40,7 +40,7 @@ Address = UnixAddress | TcpAddress
 def parse_address(text: str) -> Address:
     """`unix:/run/pmblk/nbd.sock`, `tcp:127.0.0.1:10809` or `tcp:[::1]:10809`; else ValueError."""
     scheme, _, rest = text.partition(":")
-    if scheme == "unix" and rest.startswith("/"):
+    if scheme == "unix" and rest.startswith("/") and "\0" not in rest:
         if len(rest.encode()) > UNIX_PATH_BYTES_MAX:
             raise ValueError(f"{text!r}: a socket's path has at most {UNIX_PATH_BYTES_MAX} bytes")
         return UnixAddress(Path(rest))

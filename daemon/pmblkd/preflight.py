@@ -19,7 +19,12 @@ def check(file: Path, config: Config) -> None:
     owners: dict[object, str] = {}
     for index, namespace in enumerate(config.namespace):
         place = f"namespace[{index}]"
-        owner = owners.setdefault(_identity(namespace.file), namespace.name)
+        try:
+            owner = owners.setdefault(_identity(namespace.file), namespace.name)
+        except OSError as error:
+            raise ConfigError(
+                file, f"{place}.path", f"{namespace.path}: {error.strerror}", hint="mend the path"
+            ) from None
         if owner != namespace.name:
             raise ConfigError(
                 file,
@@ -43,7 +48,7 @@ def _identity(path: Path) -> object:
     """The same for every name of a file: symbolic links, hard links, and files to be created."""
     try:
         status = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return path.resolve()
     return status.st_dev, status.st_ino
 

@@ -22,7 +22,7 @@ import trio
 from pmblk import Namespace
 from pmblk.media import create, open_media
 from pmblk.representations import make
-from pmblkd import preflight, systemd
+from pmblkd import loop, preflight, systemd
 from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
 from pmblkd.control import ControlServer
 from pmblkd.errors import WorkFailed
@@ -32,6 +32,8 @@ from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.server import NbdServer
 from pmblkd.spin import Spinner
+
+FLUSH_SECONDS = 60
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +49,7 @@ class Service:
         self._fuse: Pyfuse3Engine | None = None
         self._born = time.monotonic()
         self._serving = trio.CancelScope()
+        self._stopping = False
 
     async def serve(self) -> None:
         """Until SIGTERM or SIGINT. Raises PmblkError when it cannot start or stop cleanly."""
@@ -59,9 +62,11 @@ class Service:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(control.run)
                     nursery.start_soon(self._stop_on, signals)
-                    with self._serving:
-                        await self._run_front_ends()
-                    await self._flush_namespaces()
+                    try:
+                        with self._serving:
+                            await self._run_front_ends()
+                    finally:
+                        await self._flush_namespaces()
                     nursery.cancel_scope.cancel()
         if self._serving.cancelled_caught:
             raise WorkFailed("clients did not let go in time and were cut off")
@@ -141,6 +146,9 @@ class Service:
         assert fuse is not None
         if mounts.check_mountpoint(mountpoint):
             _log.warning("a killed daemon's mount is in the way: unmounting", path=str(mountpoint))
+            for device in loop.devices_on(lambda backing: backing.is_relative_to(mountpoint)):
+                _log.warning("detaching what was attached to it", device=str(device))
+                loop.abandon(device)
             mounts.unmount(mountpoint)
         if not mountpoint.exists():
             mountpoint.mkdir()
@@ -154,12 +162,20 @@ class Service:
 
     async def _run_front_ends(self) -> None:
         async with trio.open_nursery() as nursery:
-            for front_end in (self._nbd, self._fuse):
-                if front_end is not None:
-                    nursery.start_soon(front_end.run)
+            if self._nbd is not None:
+                nursery.start_soon(self._nbd.run)
+            if self._fuse is not None:
+                nursery.start_soon(self._run_fuse, self._fuse)
+
+    async def _run_fuse(self, fuse: Pyfuse3Engine) -> None:
+        await fuse.run()
+        self._fuse = None
+        if not self._stopping:
+            _log.warning("unmounted from outside: no files any more")
 
     async def _stop_on(self, signals: AsyncIterator[int]) -> None:
         number = await anext(signals)
+        self._stopping = True
         _log.info("stopping", signal=signal.Signals(number).name)
         systemd.notify("STOPPING=1")
         if self._nbd is not None:
@@ -171,11 +187,18 @@ class Service:
         self._serving.cancel()
 
     async def _flush_namespaces(self) -> None:
-        for namespace in self._namespaces.values():
-            try:
-                await namespace.flush()
-            except OSError as error:
-                raise WorkFailed(str(error), hint="what was flushed before is safe") from error
+        """All of them, whatever happens to one, and also when everything is being cut off."""
+        failures: list[str] = []
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH_SECONDS) as limit:
+            for namespace in self._namespaces.values():
+                try:
+                    await namespace.flush()
+                except OSError as error:
+                    failures.append(error.strerror or str(error))
+        if limit.cancelled_caught:
+            failures.append(f"not flushed in {FLUSH_SECONDS} s")
+        if failures:
+            raise WorkFailed("; ".join(failures), hint="what was flushed before is safe")
 
     # ---- control
 

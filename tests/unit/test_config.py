@@ -105,7 +105,7 @@ def test_the_full_config_shows_the_defaults() -> None:
         ("listen", 'default = "ns2"\nlisten', "nbd.default", 'did you mean "ns1"'),
         ("listen", "max_connections = 0\nlisten", "nbd.max_connections", "0 is too small"),
         ("[nbd]", '[fuse]\nmountpoint = "mnt"\n[nbd]', "fuse.mountpoint", "start it with /"),
-        ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "0 is too small"),
+        ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "0 is out of range"),
         ("[nbd]", "[daemon]\nbusy_poll_us = 5000\n[nbd]", "daemon.busy_poll_us", "0 (off) to 1000"),
         ("[nbd]", '[daemon]\nlog_level = "warn"\n[nbd]', "daemon.log_level", '"warning"'),
         ("[nbd]", '[control]\nsocket = "x"\n[nbd]', "control.socket", "absolute path"),
@@ -180,8 +180,13 @@ def test_overrides_reach_into_tables_and_namespaces(tmp_path: Path) -> None:
         ("nbd.max_connections", "no value"),
         ("namespace.ns9.size=1", "no namespace ns9"),
         ("namespace=3", "expected"),
-        ("nbd.listen.x=3", "nothing is below|no namespace|names a list"),
+        ("nbd.listen.x=3", "no namespace|is no key"),
         ("nbd.maxconnections=3", "max_connections"),
+        ("namespace.ns1.name.x=3", "is no key"),
+        ("daemon.stop_seconds=nan", "out of range"),
+        ("namespace.ns1.size=9999999PiB", "too large"),
+        ('namespace.ns1.path="/dev/shm/a\\u0000"', "not an absolute path"),
+        ('nbd.listen=["unix:/a\\u0000"]', "no address"),
     ],
 )
 def test_overrides_that_cannot_be_are_refused(tmp_path: Path, override: str, message: str) -> None:

@@ -107,7 +107,13 @@ async def test_a_defect_in_a_question_is_logged_and_the_daemon_lives(
 
 @pytest.mark.parametrize(
     ("line", "answer"),
-    [(b"{\n", b"not a JSON object"), (b"[]\n", b"not a JSON object"), (b"{}\n", b"known are echo")],
+    [
+        (b"{\n", b"not a JSON object"),
+        (b'{"a":"\xff"}\n', b"not a JSON object"),
+        (b'{"a":' + b"[" * 60000 + b"\n", b"not a JSON object"),
+        (b"[]\n", b"not a JSON object"),
+        (b"{}\n", b"known are echo"),
+    ],
 )
 async def test_what_is_no_request_is_answered(directory: Path, line: bytes, answer: bytes) -> None:
     def request(path: Path) -> bytes:
@@ -138,7 +144,7 @@ def test_no_daemon_is_said_with_a_hint(directory: Path) -> None:
 
 
 def test_mounts_are_found_by_their_exact_path() -> None:
-    assert mounts.find(Path("/proc")) == mounts.Mount(Path("/proc"), "proc")
+    assert mounts.find(Path("/proc")) == mounts.Mount(Path("/proc"), "proc", "proc")
     assert mounts.find(Path("/proc/self")) is None
 
 

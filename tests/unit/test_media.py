@@ -199,6 +199,60 @@ def test_reserving_allocates_and_keeps_what_is_there(make_media: MakeMedia) -> N
     assert media.allocation.covers(0, 1 << 20)
 
 
+def test_whole_pages_are_reserved_and_none_is_known_before_all_of_it_is(
+    make_media: MakeMedia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store faults a page in and needs all its blocks, also where blocks are 1 KiB."""
+    media = make_media()
+    reserved: list[tuple[int, int]] = []
+    real = syscalls.reserve
+
+    def second_fails(fd: int, offset: int, length: int) -> None:
+        reserved.append((offset, length))
+        if len(reserved) == 2:
+            raise OSError(errno.ENOSPC, "full")
+        real(fd, offset, length)
+
+    monkeypatch.setattr(syscalls, "reserve", second_fails)
+    media.reserve(3 * PAGE + 100, 1)
+    assert reserved == [(3 * PAGE, PAGE)]
+    with pytest.raises(OSError, match="full"):
+        media.reserve(2 * PAGE + 100, PAGE)
+    assert not media.allocation.covers(2 * PAGE, 1)
+
+
+def test_blocks_past_the_end_do_not_make_a_file_full(directory: Path) -> None:
+    create(directory / "a", 1 << 20)
+    with (directory / "a").open("r+b") as file:
+        syscalls.fallocate(file.fileno(), syscalls.FALLOC_FL_KEEP_SIZE, 1 << 20, 1 << 20)
+    media = open_media(directory / "a")
+    try:
+        assert media.allocated_bytes() >= 1 << 20
+        assert not media.allocation.covers(PAGE, PAGE)
+    finally:
+        media.close()
+
+
+def test_hugetlbfs_is_never_punched(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(directory / "a", PAGE)
+    monkeypatch.setattr(syscalls, "file_system", lambda _fd: "hugetlbfs")
+    media = open_media(directory / "a")
+    assert not media.punches
+    media.close()
+
+
+def test_a_punch_counts_as_a_change_only_when_it_is_done(
+    make_media: MakeMedia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that runs meanwhile must not cover a hole that is not there yet."""
+    media = make_media()
+    order: list[str] = []
+    monkeypatch.setattr(media.durability, "layout_changed", lambda: order.append("changed"))
+    monkeypatch.setattr(syscalls, "punch_hole", lambda *_: order.append("punched"))
+    media.punch(0, PAGE)
+    assert order == ["punched", "changed"]
+
+
 def test_a_punched_range_is_zeroes_and_gives_its_pages_back(make_media: MakeMedia) -> None:
     media = make_media()
     media.reserve(0, 1 << 20)

@@ -180,6 +180,47 @@ async def test_a_slow_reader_loses_its_connection_when_others_wait_for_its_memor
     assert namespace.representation.leases == 0
 
 
+async def test_a_trickle_of_reading_is_no_excuse(
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    namespace = make_namespace()
+    namespace.media.reserve(0, namespace.size)
+    namespace.starved = 1
+    ours, theirs = pair
+
+    async def trickle() -> None:
+        with trio.move_on_after(60):
+            while await theirs.recv(64 << 10):
+                await trio.sleep(4)
+
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await go(theirs)
+        await theirs.send(b"".join(client.request(READ, n, 0, namespace.size) for n in range(20)))
+        nursery.start_soon(trickle)
+        await trio.sleep(3 * connection_module.LEASE_PATIENCE_SECONDS)
+        assert namespace.representation.leases == 0, "it was cut off"
+
+
+async def test_nothing_follows_a_reply_that_was_cut_off(
+    pair: tuple[socket.socket, trio.socket.SocketType],
+) -> None:
+    ours, theirs = pair
+    served = Connection(ours, peer="test", spinner=Spinner(0))
+    with trio.move_on_after(0.05):
+        await served._send([bytes(64 << 20)])
+    with pytest.raises(connection_module.Disconnected):
+        await served._send([b"would be taken for data"])
+    received = 0
+    while data := await theirs.recv(1 << 20):
+        assert not data.strip(b"\0")
+        received += len(data)
+    assert received < 64 << 20
+
+
 LARGE = 1 << 20
 
 

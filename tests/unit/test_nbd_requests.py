@@ -166,6 +166,26 @@ def test_nothing_after_disc_is_looked_at() -> None:
     assert stream.disconnecting
 
 
+def test_a_batch_asks_for_no_more_than_its_budget() -> None:
+    """Nobody holds the event loop with a small packet of large requests."""
+    reads = b"".join(client.request(C_READ, n, 0, 32 << 20) for n in range(100))
+    statuses = b"".join(client.request(C_STATUS, n, 0, 4096) for n in range(100))
+    for data, largest in ((reads, 1), (statuses, 8)):
+        stream = RequestStream(allocation_context=True)
+        stream.receive_buffer()[: len(data)] = data
+        stream.received(len(data))
+        sizes = []
+        while batch := stream.next_batch():
+            sizes.append(len(batch))
+        assert (sum(sizes), max(sizes)) == (100, largest)
+
+
+def test_a_refused_read_or_status_keeps_its_opcode_for_the_shape_of_its_reply() -> None:
+    assert decode(C_READ, flags=F_NO_HOLE).opcode == READ
+    assert decode(C_STATUS, flags=F_DF).opcode == GET_LBA_STATUS
+    assert decode(C_WRITE, flags=F_DF, length=4).opcode == WRITE
+
+
 def test_a_wrong_magic_is_a_protocol_error() -> None:
     stream = RequestStream(allocation_context=True)
     with pytest.raises(ProtocolError, match="0x11223344"):

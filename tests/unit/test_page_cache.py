@@ -5,6 +5,7 @@ import trio.testing
 
 from pmblk import Command
 from pmblk.nvme.command import DATASET_MANAGEMENT, FLUSH, FUA, READ, WRITE
+from pmblk.nvme.status import Status
 from pmblk.representations import PageCacheRepresentation, make
 from tests.unit.conftest import MakeNamespace, content
 
@@ -115,6 +116,26 @@ async def test_one_client_may_ask_for_more_than_the_arena_at_once(
             waiting = rest
     assert namespace.counters.reads == 32
     assert cache_of(namespace).leases == 0
+
+
+async def test_the_pieces_of_a_large_write_wait_for_fences_and_for_health(
+    make_namespace: MakeNamespace,
+) -> None:
+    namespace = make_namespace(8 << 20, kind="page-cache", options=ARENA)
+    namespace.media.reserve(0, 8 << 20)
+    pins = [Command(READ, 0, 6 << 20 | part << 18, 1 << 18) for part in range(4)]
+    namespace.execute(pins)
+    large = write(0, b"B" * (2 << 20))
+    waiting = namespace.execute([large])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(namespace.complete, waiting)
+        await trio.testing.wait_all_tasks_blocked()
+        with namespace._dispatcher.fences.around(0, 8 << 20):
+            namespace.release(pins)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not cache_of(namespace).dirty(), "nothing is stored below a fence"
+            namespace._dispatcher.sync.failure = OSError(5, "disk")
+    assert large.status == Status.WRITE_FAULT
 
 
 async def test_an_io_larger_than_the_arena_goes_through_in_pieces(

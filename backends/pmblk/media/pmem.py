@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pmblk.errors import MediaError
 from pmblk.media import syscalls
-from pmblk.media.allocation import AllocationMap
+from pmblk.media.allocation import PAGE_BYTES, AllocationMap
 from pmblk.media.durability import Durability, map_and_detect
-from pmblk.ranges import slices
+from pmblk.ranges import round_out, slices
 from pmblk.units import format_size
 
 ZEROES = memoryview(bytes(1 << 20))
@@ -49,7 +49,7 @@ class Media:
         self.read_only = read_only
         self.durability = durability
         self.allocation = AllocationMap(fd, size)
-        self.punches = not read_only and syscalls.can_punch(fd, size)
+        self.punches = not read_only and _punches_safely(fd, size)
         self._fd = fd
         self._mapping = mapping
         self.view = memoryview(mapping)
@@ -58,11 +58,14 @@ class Media:
             self._recall_full_file()
 
     def _recall_full_file(self) -> None:
-        """A file in memory without holes: its block count says so, where lseek would walk pages.
+        """Mark a file in memory without holes as known, rather than ask for its pages one by one.
 
-        On disk the count includes the file system's own blocks, so there it proves nothing.
+        The block count alone is no proof (blocks may lie past the end), but it says cheaply when
+        there is no point in letting lseek walk over all pages.
         """
-        if self.allocated_bytes() >= self.size:
+        if self.allocated_bytes() < self.size:
+            return
+        if os.lseek(self._fd, 0, os.SEEK_HOLE) >= self.size:
             self.allocation.mark(0, self.size)
 
     def _store(self, offset: int, data: "memoryview | bytes") -> None:
@@ -77,23 +80,32 @@ class Media:
         self.durability.stored(offset, length)
 
     def reserve(self, offset: int, length: int) -> None:
-        """Every page of the range has memory under it afterwards. Raises OSError (ENOSPC, ...)."""
+        """Every page that the range touches has memory under it. Raises OSError (ENOSPC, ...).
+
+        Whole pages, also where the file system's blocks are smaller: a store faults a page in, and
+        needs every block of it. No page counts as known before the last block is reserved.
+        """
         if self.allocation.covers(offset, length):
             return
+        offset, length = round_out(offset, length, unit=PAGE_BYTES)
+        length = min(length, self.size - offset)
         for extent in list(self.allocation.extents(offset, length)):
             if extent.hole:
                 syscalls.reserve(self._fd, extent.offset, extent.length)
-                self.allocation.mark(extent.offset, extent.length)
                 self.durability.layout_changed()
+        self.allocation.mark(offset, length)
 
     def punch(self, offset: int, length: int) -> None:
         """The range reads as zeroes and gives its whole pages back. Needs `punches`.
 
         Forgets before it punches: a failure half way must not leave holes that count as memory.
+        The layout counts as changed only afterwards, or a sync that runs meanwhile would cover it.
         """
         self.allocation.forget(offset, length)
-        self.durability.layout_changed()
-        syscalls.punch_hole(self._fd, offset, length)
+        try:
+            syscalls.punch_hole(self._fd, offset, length)
+        finally:
+            self.durability.layout_changed()
 
     def fill_with_zeroes(self, offset: int, length: int) -> None:
         """Store zeroes over a range that is reserved."""
@@ -114,6 +126,11 @@ class Media:
         os.close(self._fd)
 
 
+def _punches_safely(fd: int, size: int) -> bool:
+    """hugetlbfs punches too, but shows no hole afterwards, so nothing would be reserved anew."""
+    return syscalls.file_system(fd) != "hugetlbfs" and syscalls.can_punch(fd, size)
+
+
 def create(path: Path, size: int) -> None:
     """Make a sparse file of `size` bytes, durably. Raises MediaError; leaves nothing when it does.
 
@@ -131,8 +148,10 @@ def create(path: Path, size: int) -> None:
         os.ftruncate(fd, size)
         os.fsync(fd)
         _sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         path.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise MediaError(
             f"cannot make {path} {format_size(size)} long: {error.strerror}",
             hint="choose a smaller size or another file system",

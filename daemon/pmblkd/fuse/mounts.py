@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -24,17 +25,29 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 class Mount(msgspec.Struct, frozen=True):
     path: Path
     file_system: str  # "fuse.pmblk" for ours
+    source: str
+
+
+def _all() -> Iterator[Mount]:
+    """In the order of mounting (proc(5), mountinfo)."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = [_OCTAL.sub(lambda match: chr(int(match[1], 8)), field) for field in line.split()]
+        dash = fields.index("-")
+        yield Mount(Path(fields[4]), fields[dash + 1], fields[dash + 2])
 
 
 def find(path: Path) -> Mount | None:
-    """The topmost mount at exactly `path`, if any (proc(5), mountinfo)."""
+    """The topmost mount at exactly `path`, if any."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        mount_path = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
-        if mount_path == str(path):
-            found = Mount(path, fields[fields.index("-") + 1])
+    for mount in _all():
+        if mount.path == path:
+            found = mount
     return found
+
+
+def find_source(source: str) -> Mount | None:
+    """A mount of that device, if any."""
+    return next((mount for mount in _all() if mount.source == source), None)
 
 
 def is_stale(mount: Mount) -> bool:

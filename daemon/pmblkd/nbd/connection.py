@@ -111,8 +111,12 @@ class Connection:
         self, requests: RequestStream, replies: ReplyEncoder, namespace: Namespace
     ) -> None:
         while True:
-            while batch := requests.next_batch():
+            batch = requests.next_batch()
+            while batch:
                 await self._answer(batch, replies, namespace)
+                batch = requests.next_batch()
+                if batch:  # one batch a turn of the loop, whatever has arrived
+                    await trio.lowlevel.checkpoint()
             if requests.disconnecting:
                 return
             command = requests.bulk_write
@@ -251,38 +255,47 @@ class Connection:
             if not buffers:
                 return
             self._sending.acquire_nowait()
+        blocked_since = trio.current_time()
         try:
             while buffers := self._send_now(buffers):
-                await self._wait_writable(namespace)
+                await self._wait_writable(namespace, blocked_since)
         finally:
+            if buffers:
+                self._break()
             self._sending.release()
 
     def _send_now(self, buffers: list[Buffer]) -> list[Buffer]:
         """Send until the socket is full; what is left comes back."""
-        while buffers:
+        first = 0
+        while first < len(buffers):
             try:
-                sent = self._sock.sendmsg(buffers[:IOV_MAX])
+                sent = self._sock.sendmsg(buffers[first : first + IOV_MAX])
             except BlockingIOError:
                 break
             except OSError as error:
                 raise Disconnected(error.strerror) from None
-            buffers = _rest(buffers, sent)
-        return buffers
+            while first < len(buffers) and sent >= len(buffers[first]):
+                sent -= len(buffers[first])
+                first += 1
+            if sent:
+                buffers[first] = memoryview(buffers[first])[sent:]
+        return buffers[first:]
 
-    async def _wait_writable(self, namespace: Namespace | None) -> None:
+    async def _wait_writable(self, namespace: Namespace | None, blocked_since: float) -> None:
         """Wait for the client to read; but it must not keep memory that somebody else waits for."""
-        while True:
+        writable = False
+        while not writable:
             with trio.move_on_after(LEASE_PATIENCE_SECONDS):
                 await trio.lowlevel.wait_writable(self._sock)
-                return
+                writable = True
             if namespace is not None and namespace.starved:
-                raise Disconnected("reads too slowly, and others wait for the memory it holds")
+                since = max(blocked_since, namespace.starved_since)
+                if trio.current_time() - since >= LEASE_PATIENCE_SECONDS:
+                    raise Disconnected("reads too slowly, and others wait for the memory it holds")
 
-
-def _rest(buffers: list[Buffer], sent: int) -> list[Buffer]:
-    """What is left of `buffers` after their first `sent` bytes."""
-    for index, buffer in enumerate(buffers):
-        if sent < len(buffer):
-            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
-        sent -= len(buffer)
-    return []
+    def _break(self) -> None:
+        """A reply was cut off: nothing may follow it, whoever waits to send."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster

@@ -33,6 +33,10 @@ from pmblkd.nbd import wire
 from pmblkd.nbd.wire import Cmd, CmdFlag
 
 BUFFER_BYTES = 4 << 20
+# What one batch may ask for, so that no client holds the event loop: bytes to read, and for each
+# block status as much as that costs.
+BATCH_READ_BYTES = 8 << 20
+BLOCK_STATUS_COST_BYTES = 1 << 20
 BULK_BYTES_MIN = 64 << 10
 BULK_WINDOW_BYTES = 1 << 10
 BATCH_MAX = 512  # two buffers a read: what one sendmsg takes (IOV_MAX)
@@ -67,9 +71,9 @@ def _decode_table() -> dict[int, tuple[int, int]]:
 
 
 _DECODE = _decode_table()
-_INVALID = (0xFF, 0)  # no opcode of the engine
+_UNKNOWN = 0xFF  # no opcode of the engine
+_OPCODES = {int(kind): opcode for kind, (opcode, _) in _RULES.items()}
 _DISC = int(Cmd.DISC)
-_WRITE_TYPE = int(Cmd.WRITE)
 
 
 class ProtocolError(Exception):
@@ -136,7 +140,7 @@ class RequestStream:
         return payload
 
     def next_batch(self) -> list[Command]:
-        """At most `BATCH_MAX` whole requests, in order; empty when more bytes are needed.
+        """Whole requests, in order, as many as one batch may hold; empty: more bytes are needed.
 
         Raises ProtocolError on a wrong magic number.
         """
@@ -151,19 +155,25 @@ class RequestStream:
         last_header = end - _HEADER_BYTES
         self._wanted = _HEADER_BYTES
         self.bulk_write = None
+        budget = BATCH_READ_BYTES
         for _ in _BATCH:
-            if position > last_header:
+            if position > last_header or budget <= 0:
                 break
             magic, flags_and_type, cookie, offset, length = unpack(view, position)
             if magic != wire.REQUEST_MAGIC:
                 raise ProtocolError(f"request magic {magic:#x}")
             after = position + _HEADER_BYTES
-            opcode, flags = decode(flags_and_type, _INVALID)
-            command = Command(opcode, flags, offset, length, cookie)
+            decoded = decode(flags_and_type)
+            if decoded is None:
+                command = self._refused(flags_and_type, cookie, offset, length)
+            else:
+                command = Command(*decoded, offset, length, cookie)
+            opcode = command.opcode
             if opcode == READ:
+                budget -= length
                 if length > wire.PAYLOAD_BYTES_MAX:
                     command.status = Status.INVALID_FIELD
-            elif flags_and_type & 0xFFFF == _WRITE_TYPE:
+            elif opcode == WRITE:
                 if length > wire.PAYLOAD_BYTES_MAX:
                     command.status = Status.INVALID_FIELD
                     self._to_drain = length
@@ -172,13 +182,10 @@ class RequestStream:
                     break
                 if end - after < length:
                     self._wanted = _HEADER_BYTES + length
-                    if opcode == WRITE and length >= BULK_BYTES_MIN:
+                    if not command.status and length >= BULK_BYTES_MIN:
                         self.bulk_write = command
                     break
-                if opcode == WRITE:
-                    command.payload = view[after : after + length]
-                else:
-                    command.status = Status.INVALID_FIELD
+                command.payload = view[after : after + length]
                 after += length
             elif flags_and_type & 0xFFFF == _DISC:
                 self.disconnecting = True
@@ -186,18 +193,24 @@ class RequestStream:
                 break
             else:
                 self._judge(command)
+                if opcode == GET_LBA_STATUS:
+                    budget -= BLOCK_STATUS_COST_BYTES
             append(command)
             position = after
         self._start = position
         return batch
 
+    @staticmethod
+    def _refused(flags_and_type: int, cookie: int, offset: int, length: int) -> Command:
+        """A type or flag that is not known. Its opcode stays, as the shape of its reply does."""
+        opcode = _OPCODES.get(flags_and_type & 0xFFFF, _UNKNOWN)
+        return Command(opcode, 0, offset, length, cookie, status=Status.INVALID_FIELD)
+
     def _judge(self, command: Command) -> None:
         """What the protocol refuses whatever the namespace is."""
         opcode = command.opcode
-        if (
-            opcode == _INVALID[0]
-            or (opcode == FLUSH and (command.offset or command.length))
-            or (opcode == GET_LBA_STATUS and not (self._allocation_context and command.length))
+        if (opcode == FLUSH and (command.offset or command.length)) or (
+            opcode == GET_LBA_STATUS and not (self._allocation_context and command.length)
         ):
             command.status = Status.INVALID_FIELD
 

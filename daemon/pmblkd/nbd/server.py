@@ -19,7 +19,6 @@ from pmblkd.spin import Spinner
 
 SOCKET_BUFFER_BYTES = 4 << 20
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = structlog.get_logger(__name__)
 
@@ -90,7 +89,8 @@ class NbdServer:
             except (BlockingIOError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                if error.errno not in _OUT_OF_DESCRIPTORS:
+                # Descriptors are short, or a network error of that one client (accept(2)).
+                if error.errno in (errno.EBADF, errno.EINVAL):
                     raise
                 _log.warning("cannot accept", listen=str(address), reason=error.strerror)
                 await trio.sleep(0.1)
@@ -101,10 +101,11 @@ class NbdServer:
                 continue
             _tune(sock)
             name = str(address) if isinstance(address, UnixAddress) else f"{peer[0]}:{peer[1]}"
-            nursery.start_soon(self._serve, Connection(sock, peer=name, spinner=self._spinner))
+            connection = Connection(sock, peer=name, spinner=self._spinner)
+            self._connections.add(connection)  # here, so that a stop in this turn finds it
+            nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: Connection) -> None:
-        self._connections.add(connection)
         try:
             handshake = Handshake(self._exports, default=self._default)
             await connection.run(handshake, self._namespaces)

@@ -1,0 +1,73 @@
+"""What the service does when things fail; that it starts and stops is tested end to end."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from pmblk import PmblkError
+from pmblkd.config import Config, load
+from pmblkd.errors import WorkFailed, only_ours
+from pmblkd.nbd.server import NbdServer
+from pmblkd.service import Service
+
+
+def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
+    file = directory / "c.toml"
+    file.write_text(
+        f"""
+        [[namespace]]
+        name = "a"
+        path = "{directory}/a.img"
+        size = "1MiB"
+        [nbd]
+        listen = ["unix:{directory}/{listen}"]
+        [control]
+        socket = "{directory}/c.sock"
+        """
+    )
+    return load(file)
+
+
+class Flushed:
+    def __init__(self, error: OSError | None = None) -> None:
+        self.flushes = 0
+        self._error = error
+
+    async def flush(self) -> None:
+        self.flushes += 1
+        if self._error:
+            raise self._error
+
+
+async def test_a_flush_that_fails_keeps_no_other_namespace_from_its_own(directory: Path) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    bad, good = Flushed(OSError(errno.EIO, "namespace a: the flush failed")), Flushed()
+    service._namespaces = {"a": bad, "b": good}  # type: ignore[dict-item]
+    with pytest.raises(WorkFailed, match="namespace a"):
+        await service._flush_namespaces()
+    assert good.flushes == 1
+
+
+def test_a_start_that_fails_late_takes_everything_back(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(directory)
+
+    def refuse(*_: Any) -> None:
+        raise PmblkError("no")
+
+    monkeypatch.setattr(NbdServer, "bind", refuse)
+    with pytest.raises(PmblkError, match="no"):
+        trio.run(Service(directory / "c.toml", config).serve)
+    assert [path.name for path in directory.iterdir()] == ["c.toml"]
+
+
+def test_a_defect_beside_an_error_of_ours_is_not_hidden() -> None:
+    ours = PmblkError("polite")
+    assert only_ours(ours) is ours
+    assert only_ours(ExceptionGroup("", [ExceptionGroup("", [ours])])) is ours
+    assert only_ours(ExceptionGroup("", [ours, ZeroDivisionError()])) is None
+    assert only_ours(ZeroDivisionError()) is None
