@@ -87,26 +87,30 @@ class Namespace:
             offset = command.offset
             length = command.length
             # The two cases worth lines of their own: memory that is there is read or written.
-            if opcode == READ:
-                if calm and 0 < length <= size - offset and covers(offset, length):
-                    lease = hold(offset, length)
-                    if lease is not None:
-                        command.segments = command.lease = lease
-                        reads += 1
-                        read_bytes += length
+            try:
+                if opcode == READ:
+                    if calm and 0 < length <= size - offset and covers(offset, length):
+                        lease = hold(offset, length)
+                        if lease is not None:
+                            command.segments = command.lease = lease
+                            reads += 1
+                            read_bytes += length
+                            continue
+                elif opcode == WRITE and calm and writable and not command.flags:
+                    payload = command.payload
+                    if (
+                        payload is not None
+                        and not command.received
+                        and 0 < length <= size - offset
+                        and covers(offset, length)
+                        and write(offset, payload)
+                    ):
+                        writes += 1
+                        write_bytes += length
                         continue
-            elif opcode == WRITE and calm and writable and not command.flags:
-                payload = command.payload
-                if (
-                    payload is not None
-                    and not command.received
-                    and 0 < length <= size - offset
-                    and covers(offset, length)
-                    and write(offset, payload)
-                ):
-                    writes += 1
-                    write_bytes += length
-                    continue
+            except OSError as error:  # media in a page cache may refuse a store
+                dispatcher.fail_with(command, error)
+                continue
             if not dispatcher.attempt(command):
                 if waiting is None:
                     waiting = []

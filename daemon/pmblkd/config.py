@@ -159,6 +159,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError("--set", override, "no value", hint="write --set key=value")
+    if not all(key.split(".")):
+        raise ConfigError("--set", override, "no key", hint="write --set key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,5 +1,9 @@
-"""sd_notify(3): tell systemd that we are ready, stopping, or what we do. Does nothing elsewhere."""
+"""sd_notify(3): tell systemd that we are ready, stopping, or what we do. Does nothing elsewhere.
 
+A supervisor that is gone is no reason to fail: nobody is there to tell.
+"""
+
+import contextlib
 import os
 import socket
 
@@ -11,6 +15,9 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+    ):
         sock.connect(address)
         sock.sendall(state.encode())

@@ -81,14 +81,28 @@ def test_a_file_system_that_cannot_reserve_is_refused(
         open_media(directory / "a")
 
 
-def test_a_copy_on_write_file_is_refused_on_btrfs(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+def test_media_in_a_page_cache_are_stored_to_with_a_system_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create(directory / "a", PAGE)
-    monkeypatch.setattr(syscalls, "file_system", lambda _fd: "btrfs")
-    monkeypatch.setattr(syscalls, "is_nocow", lambda _fd: False)
-    with pytest.raises(MediaError, match=r"chattr \+C"):
-        open_media(directory / "a")
+    """A store through the mapping faults a folio in, and a full file system makes that SIGBUS."""
+    create(tmp_path / "a", 16 * PAGE)
+    media = open_media(tmp_path / "a")
+    written: list[int] = []
+    pwrite = os.pwrite
+
+    def short(fd: int, data: memoryview, offset: int) -> int:
+        written.append(offset)
+        return pwrite(fd, data[:1000], offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    try:
+        assert not media.stores_to_view
+        media.reserve(0, PAGE)
+        media.store(100, b"x" * 2500)
+        assert written == [100, 1100, 2100]
+        assert bytes(media.view[99:2601]) == b"\0" + b"x" * 2500 + b"\0"
+    finally:
+        media.close()
 
 
 def test_tmpfs_is_found_to_be_memory(make_media: MakeMedia) -> None:

@@ -165,6 +165,32 @@ def test_a_discarded_page_keeps_its_bytes_for_who_holds_it(make_namespace: MakeN
     assert sorted(cache._free + list(cache._frame_of.values())) == list(range(256))
 
 
+async def test_media_that_refuse_a_store_lose_nothing_and_leak_nothing(
+    make_namespace: MakeNamespace,
+) -> None:
+    namespace = make_namespace(4 << 20, kind="page-cache", options=ARENA)
+    namespace.media.reserve(0, 4 << 20)
+    cache, store = cache_of(namespace), namespace.media.store
+    for page in range(256):
+        assert not namespace.execute([write(page * PAGE, bytes([page]) * PAGE)])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    namespace.media.store = full
+    evicting = [write(1 << 20, b"n" * PAGE), Command(READ, 0, 2 << 20, 2 * PAGE)]
+    evicting.append(write((1 << 20) + 100, b"n" * PAGE))
+    flush = Command(FLUSH, 0, 0, 0)
+    await namespace.complete(namespace.execute([*evicting, flush]))
+    assert [command.status for command in evicting] == [Status.CAPACITY_EXCEEDED] * 3
+    assert flush.status == Status.CAPACITY_EXCEEDED
+    assert cache._pins == [0] * 256
+    namespace.media.store = store
+    await namespace.flush()
+    assert all(namespace.media.view[page * PAGE] == page for page in range(256))
+    assert len(cache._free) + len(cache._frame_of) == 256
+
+
 async def test_a_flush_writes_everything_back(make_namespace: MakeNamespace) -> None:
     namespace = make_namespace(kind="page-cache", options=ARENA)
     namespace.execute([write(page * 2 * PAGE, b"z" * PAGE) for page in range(100)])

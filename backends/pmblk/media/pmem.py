@@ -1,9 +1,10 @@
 """Persistent-memory media: a regular file, mapped whole, owned by one process.
 
 `create` makes a sparse file, `open_media` opens, locks and maps one. `Media` is what the
-representations store to and load from. It promises that no store and no load through `view` meets
-a page that the file system cannot provide, as long as callers `reserve` before they store and ask
-`allocation` before they load; `Namespace` does both.
+representations store to and load from. It promises that no store and no load meets a page that the
+file system cannot provide, as long as callers `reserve` before they `store` and ask `allocation`
+before they load from `view`; `pmblk.dispatcher` does both. A store to media in a page cache can
+still fail, with an OSError.
 
 Not here: ranges, read-only rules and status codes (`pmblk.namespace`), and when to sync.
 """
@@ -53,7 +54,7 @@ class Media:
         self._fd = fd
         self._mapping = mapping
         self.view = memoryview(mapping)
-        self.store: Store = self._store_and_follow if durability.follows_stores else self._store
+        self.store: Store = self._choose_store()
         if durability.level == "memory":
             self._recall_full_file()
 
@@ -67,6 +68,27 @@ class Media:
             return
         if os.lseek(self._fd, 0, os.SEEK_HOLE) >= self.size:
             self.allocation.mark(0, self.size)
+
+    def _choose_store(self) -> Store:
+        if self.durability.level == "file":
+            return self._write
+        return self._store_and_follow if self.durability.follows_stores else self._store
+
+    @property
+    def stores_to_view(self) -> bool:
+        """Whether stores may go to `view` itself; where not, only `store` is safe."""
+        return self.durability.level != "file"
+
+    def _write(self, offset: int, data: "memoryview | bytes") -> None:
+        """Through a system call: in a page cache a store faults a whole folio in.
+
+        A folio may be far larger than a page and reach over pages that are not reserved (seen on
+        Linux 6.18, ext4 and xfs), which is SIGBUS on a full file system. This is ENOSPC.
+        """
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data = memoryview(data)[written:]
+            offset += written
 
     def _store(self, offset: int, data: "memoryview | bytes") -> None:
         self.view[offset : offset + len(data)] = data
@@ -143,8 +165,6 @@ def create(path: Path, size: int) -> None:
             f"cannot create {path}: {error.strerror}", hint="make the directory, or mend its rights"
         ) from error
     try:
-        if syscalls.file_system(fd) == "btrfs":
-            syscalls.set_nocow(fd)
         os.ftruncate(fd, size)
         os.fsync(fd)
         _sync_directory(path.parent)
@@ -201,11 +221,6 @@ def _check_reservable(path: Path, fd: int) -> None:
         raise MediaError(
             f"{path}: {syscalls.file_system(fd)} cannot reserve space for a sparse file",
             hint="put the file on tmpfs, hugetlbfs, ext4, xfs or btrfs",
-        )
-    if syscalls.file_system(fd) == "btrfs" and not syscalls.is_nocow(fd):
-        raise MediaError(
-            f"{path}: btrfs copies on write, so even a reserved block may find no space",
-            hint="let pmblk create the file, or make it with: chattr +C, before its first byte",
         )
 
 

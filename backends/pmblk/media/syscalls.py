@@ -1,19 +1,15 @@
 """The few system calls that Python's os module does not have. ctypes releases the GIL in each.
 
-Sources: fallocate(2), statfs(2), ioctl_iflags(2).
+Sources: fallocate(2), statfs(2).
 """
 
 import ctypes
 import errno
-import fcntl
 import os
 import struct
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
-_FS_IOC_GETFLAGS = 0x80086601
-_FS_IOC_SETFLAGS = 0x40086602
-_FS_NOCOW_FL = 0x00800000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -79,22 +75,6 @@ def can_reserve(fd: int) -> bool:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
     return True
-
-
-def is_nocow(fd: int) -> bool:
-    """Whether a btrfs file is overwritten in place (chattr +C; ioctl_iflags(2))."""
-    return bool(_inode_flags(fd) & _FS_NOCOW_FL)
-
-
-def set_nocow(fd: int) -> None:
-    """Overwrite in place; possible while the file is empty. Raises OSError."""
-    flags = struct.pack("i", _inode_flags(fd) | _FS_NOCOW_FL)
-    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, flags)
-
-
-def _inode_flags(fd: int) -> int:
-    flags: int = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
-    return flags
 
 
 def file_system(fd: int) -> str:

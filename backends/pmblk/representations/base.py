@@ -4,6 +4,7 @@ A representation stands between a namespace and its media. The namespace has alr
 range, reserved the pages of a write, and cut the holes out of a read, so a representation only
 ever sees memory that is there. It runs on the event loop and never blocks: where it cannot go on
 (an exhausted pool, every frame pinned) it says so, and the namespace asks again after a release.
+The media may refuse a store (OSError); then nothing is held, and nothing that was written is lost.
 
 The invariants that the contract test holds every kind to:
 

@@ -21,7 +21,9 @@ class ExtentRepresentation(Representation):
         self.leases += 1
         return [self._view[offset : offset + length]]
 
-    def window(self, offset: int, length: int) -> memoryview:
+    def window(self, offset: int, length: int) -> memoryview | None:
+        if not self.media.stores_to_view:
+            return None
         return self._view[offset : offset + length]
 
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:

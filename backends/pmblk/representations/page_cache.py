@@ -67,15 +67,19 @@ class PageCacheRepresentation(Representation):
             return None
         views: list[memoryview] = []
         frames: list[int] = []
-        for position, piece in _pages(offset, length):
-            frame = self._cached(position // PAGE_BYTES, fill=True)
-            if frame is None:
-                self._unpin(frames)
-                return None
-            self._pins[frame] += 1
-            frames.append(frame)
-            start = frame * PAGE_BYTES + position % PAGE_BYTES
-            views.append(self._arena[start : start + piece])
+        try:
+            for position, piece in _pages(offset, length):
+                frame = self._cached(position // PAGE_BYTES, fill=True)
+                if frame is None:
+                    self._unpin(frames)
+                    return None
+                self._pins[frame] += 1
+                frames.append(frame)
+                start = frame * PAGE_BYTES + position % PAGE_BYTES
+                views.append(self._arena[start : start + piece])
+        except OSError:
+            self._unpin(frames)
+            raise
         self.leases += 1
         return _FrameLease(views, frames)
 
@@ -93,13 +97,17 @@ class PageCacheRepresentation(Representation):
         if len(payload) > self.io_bytes_max:
             return False
         frames: list[int] = []
-        for position, piece in _pages(offset, len(payload)):
-            frame = self._cached(position // PAGE_BYTES, fill=piece < PAGE_BYTES)
-            if frame is None:
-                self._drop_unfilled(frames, offset, len(payload))
-                return False
-            self._pins[frame] += 1
-            frames.append(frame)
+        try:
+            for position, piece in _pages(offset, len(payload)):
+                frame = self._cached(position // PAGE_BYTES, fill=piece < PAGE_BYTES)
+                if frame is None:
+                    self._drop_unfilled(frames, offset, len(payload))
+                    return False
+                self._pins[frame] += 1
+                frames.append(frame)
+        except OSError:
+            self._drop_unfilled(frames, offset, len(payload))
+            raise
         taken = 0
         for frame, (position, piece) in zip(frames, _pages(offset, len(payload)), strict=True):
             start = frame * PAGE_BYTES + position % PAGE_BYTES
@@ -168,7 +176,11 @@ class PageCacheRepresentation(Representation):
         if frame is None:
             return None
         if fill:
-            self._fill(frame, page)
+            try:
+                self._fill(frame, page)
+            except OSError:
+                self._free.append(frame)
+                raise
         self._frame_of[page] = frame
         self._page_of[frame] = page
         self._used[frame] = 1
@@ -204,7 +216,7 @@ class PageCacheRepresentation(Representation):
         return None
 
     def _write_back_page(self, page: int) -> None:
-        """Never meets a full file system: the namespace reserved the page when it was written."""
+        """The page was reserved when it was written; still dirty if the media refuse the store."""
         offset = page * PAGE_BYTES
         length = min(PAGE_BYTES, self.media.size - offset)
         start = self._frame_of[page] * PAGE_BYTES

@@ -285,7 +285,7 @@ class Connection:
         """Wait for the client to read; but it must not keep memory that somebody else waits for."""
         writable = False
         while not writable:
-            with trio.move_on_after(LEASE_PATIENCE_SECONDS):
+            with trio.move_on_after(LEASE_PATIENCE_SECONDS / 5):
                 await trio.lowlevel.wait_writable(self._sock)
                 writable = True
             if namespace is not None and namespace.starved:
