@@ -128,8 +128,8 @@ def running(config: str, *, overrides: Sequence[str] = ()) -> Iterator[Daemon]:
     """A daemon in a scratch directory; `{dir}` in the config stands for it."""
     with scratch() as directory:
         daemon = Daemon(directory, config.replace("{dir}", str(directory)), overrides=overrides)
-        daemon.start()
-        try:
+        try:  # around the start too: an interrupt there must not leave a daemon behind
+            daemon.start()
             yield daemon
         finally:
             if daemon.running:

@@ -1,0 +1,32 @@
+"""What the end-to-end tests share: programs with a time limit, and a log without complaints."""
+
+import os
+import signal
+import subprocess
+
+from tests.harness.daemon import Daemon
+
+
+def program(*command: str, seconds: float = 30, status: int = 0) -> str:
+    """Run it; what it wrote to standard output. AssertionError with all its words on failure.
+
+    After the time limit it is killed with all that it has started.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            words = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            words = process.communicate()
+            raise AssertionError(f"{command} was not done in {seconds} s:\n{words}") from None
+    assert process.returncode == status, f"{command} ended with {process.returncode}:\n{words}"
+    return words[0]
+
+
+def assert_no_complaints(daemon: Daemon) -> None:
+    """It runs, and has logged no error, no warning and no traceback."""
+    assert daemon.running, f"the daemon died:\n{daemon.log}"
+    for word in ("Traceback", "level=error", "level=warning", "level=critical"):
+        assert word not in daemon.log, daemon.log
