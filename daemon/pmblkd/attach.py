@@ -36,7 +36,7 @@ def detach(namespace: Mapping[str, Any]) -> list[Path]:
     loops: list[Path] = []
     if namespace["fuse"] is not None:
         file = Path(namespace["fuse"]["path"])
-        loops = loop.devices_on(lambda backing: backing == file)
+        loops = loop.devices_on(lambda backing: backing == file or _was(backing, file))
     clients = [device for device in _nbd_devices() if _serves(namespace, device)]
     for device in (*loops, *clients):
         _refuse_mounted(device)
@@ -45,6 +45,11 @@ def detach(namespace: Mapping[str, Any]) -> list[Path]:
     for device in clients:
         loop.run("nbd-client", "-d", str(device))
     return [*loops, *clients]
+
+
+def _was(backing: Path, file: Path) -> bool:
+    """Whether the path is what is left of `file` when its killed daemon's mount was taken away."""
+    return backing == Path("/") / file.name and not backing.exists()
 
 
 def _attach_loop(namespace: Mapping[str, Any]) -> Path:

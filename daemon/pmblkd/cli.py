@@ -1,6 +1,9 @@
 """The command `pmblk`. Exit status: 0 done, 1 failed at work, 2 wrong use, config or world."""
 
+import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +74,7 @@ def list_(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     if json:
         print(msgspec.json.format(msgspec.json.encode(namespaces)).decode())
     else:
-        _print_table(namespaces)
+        _print_list(namespaces)
 
 
 @app.command
@@ -124,40 +127,40 @@ def _find(name: str, socket: Path) -> dict[str, Any]:
     raise PmblkError(f"no namespace {name}", hint=configuration.did_you_mean(name, names))
 
 
-def _print_table(namespaces: list[dict[str, Any]]) -> None:
-    """For people. rich is imported here: `serve` must not pay for it at its start."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("NAME", "SIZE", "USED", "LBA"):
-        table.add_column(heading, justify="left" if heading == "NAME" else "right")
-    table.add_column("MEMORY AS")
-    table.add_column("DURABILITY AND EXPORTS", overflow="fold")
+def _print_list(namespaces: list[dict[str, Any]]) -> None:
+    """For people: a paragraph a namespace, as wide as the terminal, with no word cut."""
+    columns = shutil.get_terminal_size().columns
     for namespace in namespaces:
-        lines = [f"{namespace['durability']}: {namespace['durability_reason']}"]
-        if namespace["read_only"]:
-            lines.append("read-only")
+        facts = [
+            format_size(namespace["size"]),
+            f"{format_size(namespace['allocated'])} used",
+            f"LBA {namespace['lba_size']}",
+            namespace["representation"],
+            *(["read-only"] if namespace["read_only"] else []),
+        ]
+        print(namespace["name"])
+        lines = [", ".join(facts), f"{namespace['durability']}: {namespace['durability_reason']}"]
         lines += namespace["nbd"]
         if namespace["fuse"]:
-            lines.append(f"{namespace['fuse']['path']} ({namespace['fuse']['engine']})")
-        table.add_row(
-            namespace["name"],
-            format_size(namespace["size"]),
-            format_size(namespace["allocated"]),
-            str(namespace["lba_size"]),
-            namespace["representation"],
-            "\n".join(lines),
-        )
-    Console().print(table)
+            lines += [namespace["fuse"]["path"], f"(FUSE engine: {namespace['fuse']['engine']})"]
+        for line in lines:
+            wrapped = textwrap.wrap(
+                line, columns - 4, break_long_words=False, break_on_hyphens=False
+            )
+            print(textwrap.indent("\n".join(wrapped), "    "))
 
 
 def main() -> None:
     """The entry point: every error of ours is one line on standard error."""
     try:
         app(exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has had enough. The interpreter must not flush again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except cyclopts.CycloptsError as error:
-        _fail(f"{error}; see pmblk --help", 2)
+        _fail(f"{str(error).rstrip().rstrip('.')}; see pmblk --help", 2)
     except (PmblkError, BaseExceptionGroup) as error:
         reason = only_ours(error)
         if reason is None:

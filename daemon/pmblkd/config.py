@@ -260,8 +260,8 @@ def _check(file: Path, config: Config) -> None:
             raise wrong(f"{place}.name", f'a second "{namespace.name}"', "names are unique")
     if config.nbd is None and config.fuse is None:
         raise wrong("", "nothing is exported", "add [nbd] with listen, or [fuse] with mountpoint")
-    _check_exports(file, config, list(names))
     _check_daemon(file, config)
+    _check_exports(file, config, list(names))
 
 
 def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None:
@@ -349,8 +349,31 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
                 f"{nbd.max_connections} is too small",
                 hint="64 is the default",
             )
-    if config.fuse is not None and not config.fuse.mountpoint.startswith("/"):
-        raise ConfigError(file, "fuse.mountpoint", "is not absolute", hint="start it with /")
+    if config.fuse is not None:
+        mountpoint = config.fuse.mountpoint
+        if not mountpoint.startswith("/") or "\0" in mountpoint:
+            raise ConfigError(
+                file,
+                "fuse.mountpoint",
+                f"{mountpoint!r} is not an absolute path",
+                hint="start it with /",
+            )
+    _check_paths(file, config)
+
+
+def _check_paths(file: Path, config: Config) -> None:
+    """One path, one thing: media, sockets and the mountpoint never share one."""
+    paths = [(f"namespace[{i}].path", one.file) for i, one in enumerate(config.namespace)]
+    paths += [(key, one.path) for key, one in config.sockets if isinstance(one, UnixAddress)]
+    if config.fuse is not None:
+        paths.append(("fuse.mountpoint", Path(config.fuse.mountpoint)))
+    owners: dict[Path, str] = {}
+    for key, path in paths:
+        owner = owners.setdefault(path, key)
+        if owner != key and not (owner.startswith("namespace") and key.startswith("namespace")):
+            raise ConfigError(
+                file, key, f"{path} is {owner} already", hint="give each a path of its own"
+            )
 
 
 def _check_daemon(file: Path, config: Config) -> None:

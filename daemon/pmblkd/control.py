@@ -103,6 +103,11 @@ def ask(path: Path, command: str, **arguments: Any) -> Any:
             sock.sendall(msgspec.json.encode({"command": command, **arguments}) + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
+        except PermissionError as error:
+            raise PmblkError(
+                f"{path} is not for this user: {error.strerror}",
+                hint="be the user that runs the daemon, or root",
+            ) from error
         except OSError as error:
             raise PmblkError(
                 f"no daemon answers at {path}: {error.strerror or error}",

@@ -45,7 +45,7 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{text!r}: a socket's path has at most {UNIX_PATH_BYTES_MAX} bytes")
         return UnixAddress(Path(rest))
     host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and host and port.isdecimal() and int(port) <= 65535:
+    if scheme == "tcp" and host and "\0" not in host and port.isdecimal() and int(port) <= 65535:
         return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
     raise ValueError(f'{text!r} is no address: write "unix:/PATH" or "tcp:HOST:PORT"')
 

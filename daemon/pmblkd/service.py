@@ -147,6 +147,10 @@ class Service:
         if mounts.check_mountpoint(mountpoint):
             _log.warning("a killed daemon's mount is in the way: unmounting", path=str(mountpoint))
             for device in loop.devices_on(lambda backing: backing.is_relative_to(mountpoint)):
+                user = mounts.find_source(str(device))
+                if user is not None:
+                    _log.warning("dead, but mounted", device=str(device), on=str(user.path))
+                    continue  # after the umount, pmblk detach finds it
                 _log.warning("detaching what was attached to it", device=str(device))
                 loop.abandon(device)
             mounts.unmount(mountpoint)

@@ -79,6 +79,11 @@ async def test_a_read_only_file_opens_for_reading_only(files: Files) -> None:
         await files.write(3, 0, b"x")
 
 
+def test_no_file_is_emptied_at_its_opening(files: Files) -> None:
+    with refused(errno.EPERM):
+        files.open(2, os.O_RDWR | os.O_TRUNC)
+
+
 def test_a_size_can_be_set_to_what_it_is_and_to_nothing_else(files: Files) -> None:
     files.resize(2, SIZE)
     with refused(errno.EPERM):

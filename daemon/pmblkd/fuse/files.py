@@ -72,9 +72,12 @@ class Files:
             raise refuse(errno.EPERM)
 
     def open(self, inode: int, flags: int) -> None:
+        """Emptying a file at its opening would be a truncation, and is refused like one."""
         namespace = self._namespace(inode)
         if namespace.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise refuse(errno.EROFS)
+        if flags & os.O_TRUNC:
+            raise refuse(errno.EPERM)
 
     def total_bytes(self) -> tuple[int, int]:
         """Size and allocated bytes of all namespaces together, for statfs(2)."""
