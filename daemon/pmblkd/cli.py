@@ -159,6 +159,10 @@ def main() -> None:
         # Whoever read our output has had enough. The interpreter must not flush again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _fail(f"cannot write the answer: {error.strerror}", 1)
     except cyclopts.CycloptsError as error:
         _fail(f"{str(error).rstrip().rstrip('.')}; see pmblk --help", 2)
     except (PmblkError, BaseExceptionGroup) as error:

@@ -45,8 +45,9 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{text!r}: a socket's path has at most {UNIX_PATH_BYTES_MAX} bytes")
         return UnixAddress(Path(rest))
     host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and host and "\0" not in host and port.isdecimal() and int(port) <= 65535:
-        return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+    number = int(port) if port.isdecimal() else 0
+    if scheme == "tcp" and host and "\0" not in host and 0 < number <= 65535:
+        return TcpAddress(host.removeprefix("[").removesuffix("]"), number)
     raise ValueError(f'{text!r} is no address: write "unix:/PATH" or "tcp:HOST:PORT"')
 
 

@@ -47,6 +47,7 @@ class Service:
         self._namespaces: dict[str, Namespace] = {}
         self._nbd: NbdServer | None = None
         self._fuse: Pyfuse3Engine | None = None
+        self._files: Files | None = None
         self._born = time.monotonic()
         self._serving = trio.CancelScope()
         self._stopping = False
@@ -157,8 +158,8 @@ class Service:
         if not mountpoint.exists():
             mountpoint.mkdir()
             undo.callback(_remove_empty, mountpoint)
-        files = Files(list(self._namespaces.values()))
-        self._fuse = Pyfuse3Engine(files, mountpoint, allow_other=fuse.allow_other)
+        self._files = Files(list(self._namespaces.values()))
+        self._fuse = Pyfuse3Engine(self._files, mountpoint, allow_other=fuse.allow_other)
         self._fuse.mount()
         undo.callback(self._fuse.unmount)
 
@@ -185,6 +186,11 @@ class Service:
         if self._nbd is not None:
             self._nbd.stop()
         if self._fuse is not None:
+            if self._files is not None and self._files.users:
+                _log.warning(
+                    "files are open: what their users have not synced is lost to them",
+                    opens=self._files.users,
+                )
             self._fuse.stop()
         with trio.move_on_after(self._config.daemon.stop_seconds):
             await anext(signals)  # a second signal: somebody is in a hurry

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
-import nbd
 from tests.e2e import nbd_raw as raw
 from tests.e2e.conftest import assert_no_complaints
 from tests.harness.daemon import Daemon, scratch

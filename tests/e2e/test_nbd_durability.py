@@ -14,9 +14,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
-import nbd
 from tests.e2e import nbd_raw as raw
 from tests.e2e.conftest import assert_no_complaints
 from tests.harness.daemon import PMBLK, Daemon, scratch

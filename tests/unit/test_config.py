@@ -205,7 +205,17 @@ def test_addresses_are_read_and_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "unix:rel", "tcp:host", "tcp::1", "tcp:h:99999", "udp:h:1", "unix:/" + "x" * 120]
+    "text",
+    [
+        "",
+        "unix:rel",
+        "tcp:host",
+        "tcp::1",
+        "tcp:h:99999",
+        "tcp:h:0",
+        "udp:h:1",
+        "unix:/" + "x" * 120,
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"address|at most"):

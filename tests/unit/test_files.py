@@ -79,6 +79,16 @@ async def test_a_read_only_file_opens_for_reading_only(files: Files) -> None:
         await files.write(3, 0, b"x")
 
 
+def test_users_are_counted_from_open_to_release(files: Files) -> None:
+    files.open(2, os.O_RDWR)
+    files.open(3, os.O_RDONLY)
+    with refused(errno.EROFS):
+        files.open(3, os.O_RDWR)
+    assert files.users == 2
+    files.release()
+    assert files.users == 1
+
+
 def test_no_file_is_emptied_at_its_opening(files: Files) -> None:
     with refused(errno.EPERM):
         files.open(2, os.O_RDWR | os.O_TRUNC)

@@ -1,5 +1,6 @@
 """A connection over a socket pair: what waits, what is stuck, and how it ends."""
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pmblk import Command, Namespace
 from pmblkd.nbd import connection as connection_module
 from pmblkd.nbd.connection import Connection
 from pmblkd.nbd.handshake import Export, Handshake
+from pmblkd.nbd.requests import RequestStream
 from pmblkd.spin import Spinner
 from tests.unit import nbd_client as client
 from tests.unit.conftest import MakeNamespace
@@ -335,6 +337,46 @@ async def test_a_busy_client_is_answered_from_the_spin(
         await trio.to_thread.run_sync(ask_one_at_a_time, theirs.fileno())
     assert namespace.counters.reads == 200
     assert sum(count is not None for count in spun) > 20
+
+
+async def test_large_ios_are_received_without_a_turn_of_the_loop_but_not_for_ever(
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One batch a receive, all of them there already: the loop gets a turn every so often."""
+    namespace = make_namespace(4 * LARGE)
+    turns: list[int] = []
+    wait = trio.lowlevel.wait_readable
+
+    async def counted(sock: socket.socket) -> None:
+        turns.append(namespace.counters.reads)
+        await wait(sock)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
+    monkeypatch.setattr(RequestStream, "receive_buffer", one_request_at_a_time)
+    ours, theirs = pair
+    async with trio.open_nursery() as nursery:
+        served = Connection(ours, peer="test", spinner=Spinner(0))
+        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+        await receive_exactly(theirs, 18)
+        reads = b"".join(client.request(READ, n, 0, 1 << 16) for n in range(100))
+        await theirs.send(client.flags() + client.option(1, b"ns"))
+        await receive_exactly(theirs, 10)
+        turns.clear()
+        await theirs.send(reads + client.request(DISC))
+        await receive_exactly(theirs, 100 * ((1 << 16) + 16))
+    between = [later - sooner for sooner, later in itertools.pairwise(turns)]
+    assert len(turns) < 20, "most receives needed no turn"
+    assert max(between) <= connection_module.EAGER_TURNS + 1, "and nobody is kept waiting"
+
+
+def one_request_at_a_time(stream: RequestStream) -> memoryview:
+    view = RECEIVE_BUFFER(stream)
+    return view[: 28 - stream._end % 28]
+
+
+RECEIVE_BUFFER = RequestStream.receive_buffer
 
 
 def ask_one_at_a_time(fd: int) -> None:

@@ -44,6 +44,7 @@ class Files:
         self._by_inode = dict(enumerate(namespaces, ROOT_INODE + 1))
         self._inode_of = {namespace.name: inode for inode, namespace in self._by_inode.items()}
         self._born_ns = time.time_ns()
+        self.users = 0  # opens without their release
 
     # ---- the tree
 
@@ -78,6 +79,11 @@ class Files:
             raise refuse(errno.EROFS)
         if flags & os.O_TRUNC:
             raise refuse(errno.EPERM)
+        self.users += 1
+
+    def release(self) -> None:
+        """The last close(2) of an open."""
+        self.users -= 1
 
     def total_bytes(self) -> tuple[int, int]:
         """Size and allocated bytes of all namespaces together, for statfs(2)."""

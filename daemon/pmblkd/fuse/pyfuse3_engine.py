@@ -127,6 +127,9 @@ class _Operations(pyfuse3.Operations):
         with _errors():
             await self._files.sync(fh)
 
+    async def release(self, _fh: int) -> None:
+        self._files.release()
+
     async def flush(self, fh: int) -> None:
         """close(2): nothing is kept back, so there is nothing to do."""
 

@@ -1,0 +1,93 @@
+"""fio with a time limit, and its figures as a value. One job a run.
+
+Not here: what to run and what the figures mean. The report goes to a file, because banners on
+standard output precede the JSON.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ALWAYS = ("--name=job", "--thread", "--output-format=json", "--lat_percentiles=1")
+
+
+class FioError(Exception):
+    """fio failed, found data that is not what it wrote, or did not end in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What a job read, or wrote. Latency is from submission to completion, the client's view."""
+
+    ios: int
+    seconds: float
+    iops: float
+    bytes_per_second: float
+    latency_us_mean: float
+    latency_us_p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """`read` of a verifying write job is the reading back."""
+
+    read: Side
+    write: Side
+
+
+def run(arguments: Sequence[str], *, seconds: float) -> Result:
+    """`fio ARGUMENTS`, killed after `seconds`. Raises FioError; no process is left in any case."""
+    with tempfile.TemporaryDirectory(prefix="pmblk-fio-") as directory:
+        output = Path(directory) / "fio.json"
+        command = ["fio", *ALWAYS, f"--output={output}", *arguments]
+        # A session of its own: ^C is for the caller to act on.
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise FioError(f"fio did not end in {seconds:g} s") from None
+        finally:
+            _end(process)
+        return _result(process.returncode, said.decode(errors="replace"), output)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _result(status: int, said: str, output: Path) -> Result:
+    text = output.read_text() if output.exists() else ""
+    if status != 0 or "{" not in text:
+        words = f"{said.strip()} {text.partition('{')[0].strip()}"
+        raise FioError(f"fio failed with exit status {status}: {words.strip()}")
+    (job,) = json.loads(text[text.index("{") :])["jobs"]
+    if job["error"] or not job["read"]["total_ios"] + job["write"]["total_ios"]:
+        raise FioError(f"fio: error {job['error']}, or no I/O at all: {said.strip()}")
+    return Result(read=_side(job["read"]), write=_side(job["write"]))
+
+
+def _side(side: Mapping[str, Any]) -> Side:
+    latency_ns = side["lat_ns"]
+    return Side(
+        ios=int(side["total_ios"]),
+        seconds=side["runtime"] / 1000,
+        iops=float(side["iops"]),
+        bytes_per_second=float(side["bw_bytes"]),
+        latency_us_mean=latency_ns["mean"] / 1000,
+        latency_us_p99=latency_ns.get("percentile", {}).get("99.000000", 0) / 1000,
+    )

@@ -1,0 +1,29 @@
+"""What the documents promise about files and configs is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
+
+
+def test_the_configuration_page_is_the_full_config() -> None:
+    assert (ROOT / "configs/full.toml").read_text() in (ROOT / "docs/configuration.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    for name in re.findall(
+        r"`((?:pmblkd?|configs|systemd|tests|bench)/[\w./-]+)`", document.read_text()
+    ):
+        candidates = [ROOT / name, ROOT / "backends" / name, ROOT / "daemon" / name]
+        assert any(candidate.exists() for candidate in candidates), name
