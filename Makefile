@@ -5,6 +5,8 @@
 
 PYTHON := .venv/bin/python
 PREFIX ?= /usr/local
+# Mounting and loop devices take root; the unit tests do not.
+ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: setup demo check test bench lock install clean
 
@@ -22,7 +24,8 @@ check: setup
 	$(PYTHON) -m pytest tests/unit
 
 test: check
-	$(PYTHON) -m pytest tests/e2e
+	@[ -z "$(ROOT)" ] || echo "the end-to-end tests mount and attach: they run with sudo"
+	$(ROOT) $(PYTHON) -m pytest tests/e2e
 
 bench: setup
 	$(PYTHON) -m bench.nbd
@@ -31,7 +34,7 @@ lock:
 	.ci/lock
 
 install: setup
-	.ci/install "$(PREFIX)"
+	$(ROOT) env DESTDIR="$(DESTDIR)" .ci/install "$(PREFIX)"
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis .import_linter_cache

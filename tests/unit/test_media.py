@@ -232,7 +232,28 @@ def test_whole_pages_are_reserved_and_none_is_known_before_all_of_it_is(
     assert reserved == [(3 * PAGE, PAGE)]
     with pytest.raises(OSError, match="full"):
         media.reserve(2 * PAGE + 100, PAGE)
+    assert reserved[1] == (2 * PAGE, PAGE), "the other one is known"
     assert not media.allocation.covers(2 * PAGE, 1)
+
+
+def test_writing_a_preallocated_file_asks_lseek_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tmpfs lseek takes a reserved page for a hole, and walks over all that follow."""
+    create(directory / "a", 1 << 20)
+    with (directory / "a").open("r+b") as file:
+        syscalls.fallocate(file.fileno(), 0, 0, 1 << 20)
+    media = open_media(directory / "a")
+
+    def refuse(*_: int) -> int:
+        raise AssertionError("lseek")
+
+    monkeypatch.setattr(os, "lseek", refuse)
+    try:
+        media.reserve(100, 1 << 19)
+        assert media.allocation.covers(0, 1 << 19)
+    finally:
+        media.close()
 
 
 def test_blocks_past_the_end_do_not_make_a_file_full(directory: Path) -> None:

@@ -58,6 +58,15 @@ class AllocationMap:
             run = min(end - position, len(_KNOWN_RUN))
             self._known[position : position + run] = bytes(run)
 
+    def unknown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Runs of unknown pages that the range touches, as (offset, length) in whole pages."""
+        position = offset >> PAGE_SHIFT
+        end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
+        while (first := self._known.find(b"\x00", position, end)) >= 0:
+            known = self._known.find(b"\x01", first, end)
+            position = end if known < 0 else known
+            yield first << PAGE_SHIFT, (position - first) << PAGE_SHIFT
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as data and holes, in order, without gaps; data that is found is remembered."""
         position, end = offset, offset + length

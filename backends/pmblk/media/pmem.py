@@ -19,9 +19,9 @@ from pathlib import Path
 
 from pmblk.errors import MediaError
 from pmblk.media import syscalls
-from pmblk.media.allocation import PAGE_BYTES, AllocationMap
+from pmblk.media.allocation import AllocationMap
 from pmblk.media.durability import Durability, map_and_detect
-from pmblk.ranges import round_out, slices
+from pmblk.ranges import slices
 from pmblk.units import format_size
 
 ZEROES = memoryview(bytes(1 << 20))
@@ -105,17 +105,15 @@ class Media:
         """Every page that the range touches has memory under it. Raises OSError (ENOSPC, ...).
 
         Whole pages, also where the file system's blocks are smaller: a store faults a page in, and
-        needs every block of it. No page counts as known before the last block is reserved.
+        needs every block of it. Nobody asks lseek first: what is there already costs fallocate
+        little, while lseek walks over every page of a preallocated file on tmpfs.
         """
         if self.allocation.covers(offset, length):
             return
-        offset, length = round_out(offset, length, unit=PAGE_BYTES)
-        length = min(length, self.size - offset)
-        for extent in list(self.allocation.extents(offset, length)):
-            if extent.hole:
-                syscalls.reserve(self._fd, extent.offset, extent.length)
-                self.durability.layout_changed()
-        self.allocation.mark(offset, length)
+        for start, span in self.allocation.unknown(offset, length):
+            syscalls.reserve(self._fd, start, min(span, self.size - start))
+            self.durability.layout_changed()
+            self.allocation.mark(start, span)
 
     def punch(self, offset: int, length: int) -> None:
         """The range reads as zeroes and gives its whole pages back. Needs `punches`.
