@@ -166,6 +166,16 @@ def test_nothing_after_disc_is_looked_at() -> None:
     assert stream.disconnecting
 
 
+def test_what_came_before_a_wrong_magic_is_answered_first() -> None:
+    stream = RequestStream(allocation_context=True)
+    data = client.request(C_READ, 1, 0, 1) + client.request(C_READ, 2, 0, 1) + bytes(28)
+    stream.receive_buffer()[: len(data)] = data
+    stream.received(len(data))
+    assert [command.cookie for command in stream.next_batch()] == [1, 2]
+    with pytest.raises(ProtocolError):
+        stream.next_batch()
+
+
 def test_a_batch_asks_for_no_more_than_its_budget() -> None:
     """Nobody holds the event loop with a small packet of large requests."""
     reads = b"".join(client.request(C_READ, n, 0, 32 << 20) for n in range(100))

@@ -16,13 +16,14 @@ class ExtentRepresentation(Representation):
         super().__init__(media, options)
         self._view = media.view
         self._store = media.store
+        self.has_windows = media.stores_to_view
 
     def hold(self, offset: int, length: int) -> Lease:
         self.leases += 1
         return [self._view[offset : offset + length]]
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        if not self.media.stores_to_view:
+        if not self.has_windows:
             return None
         return self._view[offset : offset + length]
 

@@ -126,7 +126,7 @@ class Connection:
             if requests.disconnecting:
                 return
             command = requests.bulk_write
-            if command is not None and namespace.window(command) is not None:
+            if command is not None and namespace.representation.has_windows:
                 await self._receive_bulk(command, requests.take_bulk_payload(), namespace)
                 await self._answer([command], replies, namespace)
             count = await self._receive(requests.receive_buffer())

@@ -161,6 +161,8 @@ class RequestStream:
                 break
             magic, flags_and_type, cookie, offset, length = unpack(view, position)
             if magic != wire.REQUEST_MAGIC:
+                if batch:
+                    break  # what came before it is answered first
                 raise ProtocolError(f"request magic {magic:#x}")
             after = position + _HEADER_BYTES
             decoded = decode(flags_and_type)
