@@ -261,11 +261,14 @@ class Namespace:
 
     def _finished_slowly(self, command: Command) -> None:
         """Done but for its durability, if that was asked for."""
-        if command.flags & FUA and command.opcode != READ:
+        if not command.flags & FUA or command.opcode == READ:
+            self._dispatcher.count(command)
+            return
+        try:
             self.representation.write_back(command.offset, command.length)
             command.applied = True
-        else:
-            self._dispatcher.count(command)
+        except OSError as error:
+            self._dispatcher.fail_with(command, error)
 
     async def _sync_for(self, finished: Iterable[Command]) -> None:
         """One flush for all: what the representation holds goes to the media, then one sync."""

@@ -223,6 +223,32 @@ async def test_nothing_follows_a_reply_that_was_cut_off(
     assert received < 64 << 20
 
 
+async def test_a_send_that_fails_breaks_the_connection_for_every_sender(
+    pair: tuple[socket.socket, trio.socket.SocketType],
+) -> None:
+    """The kernel refuses memory that is gone (EFAULT) after a part of the reply has left."""
+    ours, theirs = pair
+    served = Connection(ours, peer="test", spinner=Spinner(0))
+    real, calls = ours.sendmsg, []
+
+    class Failing:
+        def sendmsg(self, buffers: list[bytes]) -> int:
+            calls.append(len(buffers))
+            if len(calls) > 1:
+                raise OSError(14, "Bad address")
+            return real([b"half"])
+
+        def shutdown(self, how: int) -> None:
+            ours.shutdown(how)
+
+    served._sock = Failing()  # type: ignore[assignment]
+    with pytest.raises(connection_module.Disconnected, match="Bad address"):
+        await served._send([b"half a reply"])
+    assert await theirs.recv(100) == b"half"
+    with trio.fail_after(5):
+        assert await theirs.recv(100) == b""
+
+
 LARGE = 1 << 20
 
 

@@ -191,6 +191,23 @@ async def test_media_that_refuse_a_store_lose_nothing_and_leak_nothing(
     assert len(cache._free) + len(cache._frame_of) == 256
 
 
+async def test_a_large_fua_write_that_the_media_refuse_is_a_status(
+    make_namespace: MakeNamespace,
+) -> None:
+    """In pieces, and written back at their end: the refusal must not escape `complete`."""
+    namespace = make_namespace(8 << 20, kind="page-cache", options=ARENA)
+    large = write(0, b"x" * (512 << 10), FUA)  # fits the arena, so only the write-back stores
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    waiting = namespace.execute([large])
+    assert list(waiting) == [large]
+    namespace.media.store = full
+    await namespace.complete(waiting)
+    assert large.status == Status.CAPACITY_EXCEEDED
+
+
 async def test_a_flush_writes_everything_back(make_namespace: MakeNamespace) -> None:
     namespace = make_namespace(kind="page-cache", options=ARENA)
     namespace.execute([write(page * 2 * PAGE, b"z" * PAGE) for page in range(100)])

@@ -232,8 +232,9 @@ class Connection:
             count = self._receive_now(buffer)
             if count is not None:
                 return count
+        loop_is_due = self._eager_turns == EAGER_TURNS
         self._eager_turns = 0
-        if self._spinner.worth_it(self):
+        if not loop_is_due and self._spinner.worth_it(self):
             count = self._spin(buffer)
             if count is not None:
                 return count
@@ -288,6 +289,7 @@ class Connection:
             except BlockingIOError:
                 break
             except OSError as error:
+                self._break()  # perhaps in the middle of a reply
                 raise Disconnected(error.strerror) from None
             while first < len(buffers) and sent >= len(buffers[first]):
                 sent -= len(buffers[first])
