@@ -14,7 +14,7 @@ import trio
 
 from pmblk import Namespace
 from pmblk.media import create, open_media
-from pmblk.representations import make
+from pmblk.representations import make, parse_options
 from pmblkd.nbd.replies import ReplyEncoder
 from pmblkd.nbd.requests import RequestStream
 from tests.harness.daemon import scratch
@@ -83,7 +83,9 @@ def main() -> None:
         create(directory / "a.img", SIZE)
         media = open_media(directory / "a.img")
         media.reserve(0, SIZE)
-        namespace = Namespace("a", media, make("extent", media), lba_bytes=BLOCK)
+        namespace = Namespace(
+            "a", media, make("extent", media, parse_options("extent")), lba_bytes=BLOCK
+        )
         print("us a command    " + "".join(f"{step:>10}" for step in (*STEPS, "all")))
         for batch_size in BATCHES:
             costs = steps_us(namespace, batch_size)

@@ -4,7 +4,11 @@ import msgspec
 
 
 class Counters(msgspec.Struct):
-    """One command of a front end counts once, however it was carried out (NVMe: SMART log)."""
+    """One command of a front end counts once, however it was carried out (NVMe: SMART log).
+
+    `prp_entries` and `prp_list_pages` are what the data pointers of all reads and writes would
+    take as PRPs (`pmblk.nvme.data_pointer`): they follow from the pages that an I/O touches.
+    """
 
     reads: int = 0
     read_bytes: int = 0
@@ -16,4 +20,6 @@ class Counters(msgspec.Struct):
     deallocated_bytes: int = 0
     flushes: int = 0
     errors: int = 0
+    prp_entries: int = 0
+    prp_list_pages: int = 0
     waits: int = 0  # commands that could not be answered on the spot

@@ -9,6 +9,7 @@ Rules that live here and nowhere else:
 2. A write reserves its pages before it stores; a read never touches a hole (`pmblk.media`).
 3. After a sync has failed, every later write fails: nothing can prove what is durable.
 4. A deallocated range reads as zeroes, where the file system punches holes.
+5. Pages that somebody holds are not punched; the command waits for them.
 """
 
 from pmblk.counters import Counters
@@ -31,7 +32,9 @@ from pmblk.nvme.command import (
     Hole,
     Segment,
 )
+from pmblk.nvme.data_pointer import prp_entries, prp_list_pages
 from pmblk.nvme.status import Status, from_oserror
+from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import Extent, merge_extents
 from pmblk.representations.base import Lease, Representation
 from pmblk.zeroing import INLINE_BYTES, clear
@@ -116,9 +119,11 @@ class Dispatcher:
         if opcode == READ:
             counters.reads += 1
             counters.read_bytes += length
+            self.count_pages(command.offset, length)
         elif opcode == WRITE:
             counters.writes += 1
             counters.write_bytes += length
+            self.count_pages(command.offset, length)
         elif opcode == WRITE_ZEROES:
             counters.zeroes += 1
             counters.zero_bytes += length
@@ -127,6 +132,12 @@ class Dispatcher:
             counters.deallocated_bytes += length
         elif opcode == FLUSH:
             counters.flushes += 1
+
+    def count_pages(self, offset: int, length: int) -> None:
+        """The PRP entries of an I/O; `Namespace.execute` counts the usual ones itself."""
+        entries = prp_entries(offset % PAGE_BYTES, length)
+        self.counters.prp_entries += entries
+        self.counters.prp_list_pages += prp_list_pages(entries)
 
     def must_allocate(self, command: Command) -> bool:
         return bool(command.flags & ALLOCATE) or not self.media.punches
@@ -164,14 +175,18 @@ class Dispatcher:
             if extent.hole:
                 segments.append(Hole(extent.length))
                 continue
-            lease = self.representation.hold(extent.offset, extent.length)
+            try:
+                lease = self.representation.hold(extent.offset, extent.length)
+            except OSError:
+                self.representation.release(leases)
+                raise
             if lease is None:
                 self.representation.release(leases)
                 return False
-            segments += lease
+            segments += lease.views
             leases.append(lease)
         command.segments = segments
-        command.lease = tuple(leases)
+        command.leases = leases
         return True
 
     def _flush(self, command: Command) -> bool:
@@ -195,9 +210,9 @@ class Dispatcher:
             return True
         if not zeroing and allocate:
             return True  # deallocation is a hint, and this file system has no holes
-        if command.length > INLINE_BYTES:
-            return False
         offset, length = command.offset, command.length
+        if length > INLINE_BYTES or (not allocate and self.representation.busy(offset, length)):
+            return False
         clear(self.media, self.representation, offset, length, allocate=allocate)
         return self._persist_if_asked(command)
 

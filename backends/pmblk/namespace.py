@@ -10,19 +10,27 @@ Rules that live here and nowhere else:
 1. A FLUSH covers every command that was completed before `execute` saw it. FUA covers its own.
 2. A discard or zeroing that takes its time fences its range: commands that overlap it wait, so no
    store can meet a page on its way out.
-3. Nobody waits for memory while holding memory: `complete` returns early, so that its caller sends
-   what is finished and gives back what that holds. So there is no circle of waiters.
+3. Nobody waits, for memory or for a fence, while holding memory: `complete` returns early, so that
+   its caller sends what is finished and gives back what that holds. So there is no circle of
+   waiters.
+4. Pages that somebody holds are given back only when they are released: a discard fences what the
+   representation calls the unit of lifetime, and waits.
+5. Inside `quiesced` nothing runs, nothing is held, and all that was completed is durable.
 
 Between two awaits everything here is atomic, since all of it runs on one event loop.
 """
 
+import contextlib
 import errno
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import trio
 
 from pmblk.dispatcher import Dispatcher
+from pmblk.errors import PmblkError
 from pmblk.media import Media
+from pmblk.media.allocation import HOLE
 from pmblk.nvme.command import (
     DATASET_MANAGEMENT,
     FLUSH,
@@ -33,11 +41,16 @@ from pmblk.nvme.command import (
     Command,
     Hole,
 )
+from pmblk.nvme.data_pointer import prp_list_pages
+from pmblk.pages import PAGE_SHIFT, span
 from pmblk.ranges import slices
 from pmblk.representations.base import Lease, Representation
 from pmblk.zeroing import INLINE_BYTES, clear_in_slices
 
+QUIESCE_SECONDS = 3  # less than the patience with a slow reader: a switch alone cuts nobody off
+
 _NONE: tuple[Command, ...] = ()
+_EVERYTHING = 1 << 63  # a range longer than any namespace will be
 
 
 class Namespace:
@@ -52,7 +65,8 @@ class Namespace:
         self.lba_bytes = lba_bytes
         self.size = media.size
         self.read_only = media.read_only
-        self.starved = 0  # commands that wait for a lease to be released
+        self.changing = trio.Lock()  # for whoever exchanges the representation or the size
+        self.starved = 0  # waits for a lease to be released
         self.starved_since = 0.0  # trio's clock, when the first of them began to
         self._dispatcher = Dispatcher(media, representation)
         self.counters = self._dispatcher.counters
@@ -61,6 +75,11 @@ class Namespace:
     @property
     def representation(self) -> Representation:
         return self._dispatcher.representation
+
+    def install(self, representation: Representation) -> None:
+        """Another representation, or another one of media that were resized; only `quiesced`."""
+        self._dispatcher.representation = representation
+        self.size = self.media.size
 
     # ---- the path of every I/O: no await
 
@@ -74,11 +93,11 @@ class Namespace:
         dispatcher = self._dispatcher
         representation = dispatcher.representation
         hold, write = representation.hold, representation.write
-        covers = self.media.allocation.covers
+        known = self.media.allocation.known
         size = self.size
         calm = not dispatcher.fences
         writable = not self.read_only and dispatcher.sync.failure is None
-        reads = read_bytes = writes = write_bytes = 0
+        reads = read_bytes = writes = write_bytes = prp_entries = list_pages = 0
         for command in commands:
             if command.status:
                 dispatcher.counters.errors += 1
@@ -88,27 +107,32 @@ class Namespace:
             length = command.length
             # The two cases worth lines of their own: memory that is there is read or written.
             try:
-                if opcode == READ:
-                    if calm and 0 < length <= size - offset and covers(offset, length):
-                        lease = hold(offset, length)
-                        if lease is not None:
-                            command.segments = command.lease = lease
-                            reads += 1
-                            read_bytes += length
+                if calm and 0 < length <= size - offset:
+                    first = offset >> PAGE_SHIFT
+                    last = (offset + length - 1) >> PAGE_SHIFT
+                    if known[first] if first == last else known.find(HOLE, first, last + 1) < 0:
+                        done = False
+                        if opcode == READ:
+                            lease = hold(offset, length)
+                            if lease is not None:
+                                command.segments = lease.views
+                                command.leases = (lease,)
+                                reads += 1
+                                read_bytes += length
+                                done = True
+                        elif opcode == WRITE and writable and not command.flags:
+                            payload = command.payload
+                            if payload is not None and not command.received:
+                                done = write(offset, payload)
+                                if done:
+                                    writes += 1
+                                    write_bytes += length
+                        if done:
+                            prp_entries += last - first + 1
+                            if last - first > 1:
+                                list_pages += prp_list_pages(last - first + 1)
                             continue
-                elif opcode == WRITE and calm and writable and not command.flags:
-                    payload = command.payload
-                    if (
-                        payload is not None
-                        and not command.received
-                        and 0 < length <= size - offset
-                        and covers(offset, length)
-                        and write(offset, payload)
-                    ):
-                        writes += 1
-                        write_bytes += length
-                        continue
-            except OSError as error:  # media in a page cache may refuse a store
+            except OSError as error:  # poison, or media in a page cache that refuse a store
                 dispatcher.fail_with(command, error)
                 continue
             if not dispatcher.attempt(command):
@@ -120,6 +144,8 @@ class Namespace:
         counters.read_bytes += read_bytes
         counters.writes += writes
         counters.write_bytes += write_bytes
+        counters.prp_entries += prp_entries
+        counters.prp_list_pages += list_pages
         return _NONE if waiting is None else self._own_payloads(waiting)
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
@@ -134,13 +160,9 @@ class Namespace:
         """The replies have left: what these commands read may be looked at until the next await."""
         leases: list[Lease] = []
         for command in commands:
-            lease = command.lease
-            if lease is not None:
-                command.lease = None
-                if type(lease) is tuple:
-                    leases += lease
-                else:
-                    leases.append(lease)
+            if command.leases:
+                leases += command.leases
+                command.leases = ()
         self.representation.release(leases)
         if self.starved:
             self._released.set()
@@ -159,6 +181,22 @@ class Namespace:
         self.representation.stored(command.offset + command.received, length)
         command.received += length
 
+    def poison(self, offset: int, length: int) -> None:
+        """The pages that the range touches are bad until they are written as a whole.
+
+        They get memory first: a hole has none that could fail. Raises PmblkError.
+        """
+        if length < 1 or offset < 0 or length > self.size - offset:
+            raise PmblkError(
+                f"{self.name} has no {length} bytes at {offset}", hint=f"it has {self.size} bytes"
+            )
+        try:
+            if not self.read_only:
+                self.media.reserve(offset, length)
+            self.representation.poison(*span(offset, length))
+        except OSError as error:
+            raise PmblkError(f"{self.name}: {error.strerror}") from error
+
     # ---- the commands that wait
 
     async def complete(self, commands: Sequence[Command]) -> Sequence[Command]:
@@ -170,7 +208,7 @@ class Namespace:
         finished: list[Command] = []
         for command in commands:
             if command.opcode != FLUSH and not command.applied:
-                may_wait = not any(one.lease is not None for one in finished)
+                may_wait = not any(one.segments for one in finished)
                 if not await self._finish_slowly(command, may_wait=may_wait):
                     break
             finished.append(command)
@@ -181,19 +219,27 @@ class Namespace:
         """All but the durability of a command; False: it needs memory, and `may_wait` forbids."""
         dispatcher = self._dispatcher
         while True:
+            if not may_wait and dispatcher.fences.overlap(command.offset, command.length):
+                return False
             await dispatcher.fences.lifted(command.offset, command.length)
             if dispatcher.attempt(command) or command.applied:
                 return True
             if command.opcode in (WRITE_ZEROES, DATASET_MANAGEMENT):
+                if not may_wait and self.representation.busy(command.offset, command.length):
+                    return False
                 await self._clear_slowly(command)
                 return True
             if not may_wait:
                 return False
-            limit = self.representation.io_bytes_max
-            if limit is not None and command.length - command.received > limit:
-                await self._transfer_in_pieces(command, limit)
+            if command.length - command.received > self._io_bytes_max:
+                await self._transfer_in_pieces(command)
                 return True
             await self._lease_released()  # no await since the fences: only a lease can be missing
+
+    @property
+    def _io_bytes_max(self) -> float:
+        limit = self.representation.io_bytes_max
+        return math.inf if limit is None else limit
 
     async def _lease_released(self) -> None:
         released = self._released
@@ -209,8 +255,13 @@ class Namespace:
         dispatcher = self._dispatcher
         offset, length = command.offset, command.length
         allocate = dispatcher.must_allocate(command)
+        unit = (offset, length)
+        if not allocate and self.representation.busy(offset, length):
+            unit = self.representation.lifetime_unit(offset, length)
         try:
-            with dispatcher.fences.around(offset, length):
+            with dispatcher.fences.around(*unit):
+                while not allocate and self.representation.busy(offset, length):
+                    await self._lease_released()
                 await clear_in_slices(
                     self.media, self.representation, offset, length, allocate=allocate
                 )
@@ -219,45 +270,51 @@ class Namespace:
             return
         self._finished_slowly(command)
 
-    async def _transfer_in_pieces(self, command: Command, limit: int) -> None:
+    async def _transfer_in_pieces(self, command: Command) -> None:
         """More than the representation can hold at once: through a buffer of the command's own."""
         reading = command.opcode == READ
-        start, end = command.offset + command.received, command.offset + command.length
-        buffer = bytearray(end - start) if reading else command.payload
+        position, end = command.offset + command.received, command.offset + command.length
+        buffer = bytearray(end - position) if reading else command.payload
         assert buffer is not None
-        view = memoryview(buffer)
-        for offset, length in slices(start, end - start, slice_bytes=limit):
-            window = view[offset - start :][:length]
-            if not await self._transfer_piece(command, offset, window):
+        view = rest = memoryview(buffer)
+        while rest:
+            piece = await self._transfer_piece(command, position, rest)
+            if not piece:
                 return
+            position += piece
+            rest = rest[piece:]
         if reading:
             command.segments = [view]
-            command.lease = ()  # nothing to release, but memory that the reply holds
         self._finished_slowly(command)
 
-    async def _transfer_piece(self, command: Command, offset: int, window: memoryview) -> bool:
-        """One piece, between `window` and memory; False when it failed, and the command with it."""
+    async def _transfer_piece(self, command: Command, offset: int, rest: memoryview) -> int:
+        """As much as can be held, between the start of `rest` and memory; its length.
+
+        0 when it failed, and the command with it. The limit is asked for anew after each wait: the
+        representation may be another one by then.
+        """
         reading = command.opcode == READ
-        payload = None if reading else window
-        piece = Command(command.opcode, 0, offset, len(window), payload=payload)
         dispatcher = self._dispatcher
         while True:
-            await dispatcher.fences.lifted(offset, len(window))
+            await dispatcher.fences.lifted(offset, len(rest))
+            window = rest[: int(min(len(rest), self._io_bytes_max))]
+            payload = None if reading else window
+            piece = Command(command.opcode, 0, offset, len(window), payload=payload)
             status = dispatcher.guard(piece)
             if status:
                 dispatcher.fail(command, status)
-                return False
+                return 0
             try:
                 if dispatcher.perform(piece):
                     break
             except OSError as error:
                 dispatcher.fail_with(command, error)
-                return False
+                return 0
             await self._lease_released()
         if reading:
             _copy_segments(piece, window)
         self.release((piece,))
-        return True
+        return len(window)
 
     def _finished_slowly(self, command: Command) -> None:
         """Done but for its durability, if that was asked for."""
@@ -280,17 +337,49 @@ class Namespace:
         if not wanted:
             return
         try:
-            for offset, length in self.representation.dirty_extents():
-                for piece in slices(offset, length, slice_bytes=INLINE_BYTES):
-                    self.representation.write_back(*piece)
-                    await trio.lowlevel.checkpoint()
-            await self._dispatcher.sync()
+            await self._persist()
         except OSError as error:
             for command in wanted:
                 self._dispatcher.fail_with(command, error)
             return
         for command in wanted:
             self._dispatcher.count(command)
+
+    async def _persist(self) -> None:
+        """What the representation holds goes to the media, and then a sync. Raises OSError."""
+        for offset, length in self.representation.dirty_extents():
+            for piece in slices(offset, length, slice_bytes=INLINE_BYTES):
+                self.representation.write_back(*piece)
+                await trio.lowlevel.checkpoint()
+        await self._dispatcher.sync()
+
+    @contextlib.asynccontextmanager
+    async def quiesced(self) -> AsyncIterator[None]:
+        """Inside, no command runs, nothing is held, and all that was completed is durable.
+
+        Clients wait meanwhile. Raises PmblkError, with everything as it was, when a client does not
+        take its replies in `QUIESCE_SECONDS` or the media cannot be synced.
+        """
+        fences = self._dispatcher.fences
+        await fences.lifted(0, _EVERYTHING)
+        with fences.around(0, _EVERYTHING):
+            with trio.move_on_after(QUIESCE_SECONDS):
+                while self.representation.leases:
+                    await self._lease_released()
+            if self.representation.leases:
+                raise PmblkError(
+                    f"{self.name}: {self.representation.leases} reads are not taken by their "
+                    f"clients in {QUIESCE_SECONDS} s",
+                    hint="find the client that hangs, or try again",
+                )
+            try:
+                await self._persist()
+            except OSError as error:
+                raise PmblkError(
+                    f"{self.name} cannot be made durable: {error.strerror}",
+                    hint="nothing was changed; look at its media",
+                ) from error
+            yield
 
     async def flush(self) -> None:
         """All that was completed is durable when this returns. Raises OSError."""

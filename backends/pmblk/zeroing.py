@@ -8,7 +8,7 @@ the range is looked at.
 import trio
 
 from pmblk.media import Media
-from pmblk.media.allocation import PAGE_BYTES
+from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import slices, whole_units
 from pmblk.representations import Representation
 

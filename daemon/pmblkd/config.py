@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from pmblk import PmblkError
-from pmblk.representations import KINDS, Representation
+from pmblk.representations import KINDS, Representation, parse_options
 from pmblk.units import parse_size
 from pmblkd.listen import Address, UnixAddress, parse_address
 
@@ -314,11 +314,7 @@ def _check_representation(file: Path, place: str, namespace: NamespaceConfig) ->
 
 def representation_options(namespace: NamespaceConfig) -> Representation.Options:
     """The options of the namespace's representation. Raises msgspec.ValidationError."""
-    kind = KINDS[namespace.representation_kind]
-    options: Representation.Options = msgspec.convert(
-        namespace.representation_options, kind.Options
-    )
-    return options
+    return parse_options(namespace.representation_kind, namespace.representation_options)
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:

@@ -24,6 +24,7 @@ from pmblk.media import create, open_media
 from pmblk.representations import make
 from pmblkd import loop, preflight, systemd
 from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
+from pmblkd.config import representation_options as configured_options
 from pmblkd.control import ControlServer
 from pmblkd.errors import WorkFailed
 from pmblkd.fuse import mounts
@@ -130,7 +131,8 @@ class Service:
             read_only=config.read_only,
         )
         undo.callback(media.close)
-        representation = make(config.representation_kind, media, config.representation_options)
+        options = configured_options(config)
+        representation = make(config.representation_kind, media, options)
         self._namespaces[config.name] = Namespace(
             config.name, media, representation, lba_bytes=config.lba_size
         )

@@ -12,7 +12,7 @@ from hypothesis import settings
 from pmblk import Command, Namespace
 from pmblk.media import Media, create, open_media
 from pmblk.nvme.command import Hole
-from pmblk.representations import make
+from pmblk.representations import make, needs_reserve, parse_options
 
 MakeNamespace = Callable[..., Namespace]
 
@@ -55,8 +55,9 @@ def make_namespace(make_media: Callable[..., Media]) -> MakeNamespace:
         read_only: bool = False,
         name: str = "media.img",
     ) -> Namespace:
-        media = make_media(size, name=name, read_only=read_only)
-        representation = make(kind, media, options or {})
+        parsed = parse_options(kind, options or {})
+        media = make_media(size, name=name, read_only=read_only, with_reserve=needs_reserve(parsed))
+        representation = make(kind, media, parsed)
         return Namespace("ns", media, representation, lba_bytes=512)
 
     return make_one

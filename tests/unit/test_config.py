@@ -91,7 +91,7 @@ def test_the_full_config_shows_the_defaults() -> None:
             '"1GiB"',
             '"1GiB"\nrepresentation = {kind = "extent", arena = 1}',
             "namespace[0].representation.arena",
-            "extent has no options",
+            "known are fragments",
         ),
         (
             '"1GiB"',

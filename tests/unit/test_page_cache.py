@@ -6,7 +6,8 @@ import trio.testing
 from pmblk import Command
 from pmblk.nvme.command import DATASET_MANAGEMENT, FLUSH, FUA, READ, WRITE
 from pmblk.nvme.status import Status
-from pmblk.representations import PageCacheRepresentation, make
+from pmblk.representations import parse_options
+from pmblk.representations.page_cache import PageCacheRepresentation
 from tests.unit.conftest import MakeNamespace, content
 
 PAGE = 4096
@@ -31,7 +32,7 @@ def test_an_arena_that_cannot_be_is_refused(make_namespace: MakeNamespace, arena
 
 def test_an_unknown_option_is_refused(make_namespace: MakeNamespace) -> None:
     with pytest.raises(msgspec.ValidationError, match="frames"):
-        make("page-cache", make_namespace().media, {"frames": 3})
+        parse_options("page-cache", {"frames": 3})
 
 
 def test_a_write_stays_in_its_frame_until_a_flush(make_namespace: MakeNamespace) -> None:
@@ -54,7 +55,7 @@ def test_a_full_arena_evicts_and_writes_back(make_namespace: MakeNamespace) -> N
     for page in range(1024):
         assert not namespace.execute([write(page * PAGE, page.to_bytes(2, "big") * 2048)])
     cache = cache_of(namespace)
-    assert cache.write_backs >= 1024 - 256
+    assert cache.counters().cache_write_backs >= 1024 - 256
     read = Command(READ, 0, 0, PAGE)
     namespace.execute([read])
     assert content(read) == bytes(PAGE)  # page 0 holds zeroes
@@ -65,13 +66,13 @@ def test_bytes_are_copied_once_each_way(make_namespace: MakeNamespace) -> None:
     namespace = make_namespace(kind="page-cache", options=ARENA)
     cache = cache_of(namespace)
     namespace.execute([write(0, b"a" * 8 * PAGE)])
-    assert cache.bytes_copied == 8 * PAGE, "in"
+    assert cache.counters().bytes_copied == 8 * PAGE, "in"
     cache.write_back(0, 8 * PAGE)
-    assert cache.bytes_copied == 16 * PAGE, "write-back"
+    assert cache.counters().bytes_copied == 16 * PAGE, "write-back"
     read = Command(READ, 0, 0, 8 * PAGE)
     namespace.execute([read])
     namespace.release([read])
-    assert cache.bytes_copied == 16 * PAGE, "a hit copies nothing"
+    assert cache.counters().bytes_copied == 16 * PAGE, "a hit copies nothing"
 
 
 async def test_when_every_frame_is_held_an_io_waits_and_then_goes_on(
@@ -184,7 +185,7 @@ async def test_media_that_refuse_a_store_lose_nothing_and_leak_nothing(
     await namespace.complete(namespace.execute([*evicting, flush]))
     assert [command.status for command in evicting] == [Status.CAPACITY_EXCEEDED] * 3
     assert flush.status == Status.CAPACITY_EXCEEDED
-    assert cache._pins == [0] * 256
+    assert not cache._table.refcounts.any()
     namespace.media.store = store
     await namespace.flush()
     assert all(namespace.media.view[page * PAGE] == page for page in range(256))

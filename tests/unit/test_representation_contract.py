@@ -25,16 +25,24 @@ from pmblk.nvme.command import (
     WRITE,
     WRITE_ZEROES,
 )
-from pmblk.representations import make
+from pmblk.representations import make, parse_options
 from tests.unit.conftest import content
 
 SIZE = 3 << 20  # more than the smallest arena: eviction happens
 SIZE_ODD = SIZE + 512  # and an end that is no page boundary
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("extent", {}),
     ("page-cache", {}),
     ("page-cache", {"arena": "1MiB"}),
+    ("struct-page", {}),
+    ("struct-page", {"init": "eager"}),
+    ("struct-page", {"compound": "2MiB"}),
+    ("transient-page", {}),
+    ("transient-page", {"pool_pages": 256}),
+    ("pfn", {}),
+    ("pfn", {"locking": "none"}),
+    ("extent", {}),
+    ("extent", {"fragments": 100}),
 ]
 
 
@@ -159,7 +167,9 @@ def test_any_mix_of_commands_reads_as_the_model(
     media = open_media(path)
     try:
         media.punches = punches
-        namespace = Namespace("ns", media, make(kind, media, options), lba_bytes=512)
+        namespace = Namespace(
+            "ns", media, make(kind, media, parse_options(kind, options)), lba_bytes=512
+        )
         trio.run(run)
     finally:
         media.close()

@@ -16,11 +16,10 @@ import mmap
 import os
 from collections.abc import Iterator
 
+from pmblk.pages import PAGE_BYTES, PAGE_SHIFT
 from pmblk.ranges import Extent
 
-PAGE_SHIFT = 12
-PAGE_BYTES = 1 << PAGE_SHIFT
-
+HOLE = b"\x00"  # in the map: perhaps a hole, nobody has looked yet
 _KNOWN_RUN = b"\x01" * 65536
 
 
@@ -31,15 +30,25 @@ class AllocationMap:
         self._fd = fd
         self._size = size
         self._pages = (size + PAGE_BYTES - 1) >> PAGE_SHIFT
-        self._known = mmap.mmap(-1, max(self._pages, 1))
+        self.known = mmap.mmap(
+            -1, max(self._pages, 1)
+        )  # 1: memory is there; `Namespace.execute` looks itself
+
+    def take_over(self, other: "AllocationMap") -> None:
+        """Know what the map of the same file at another size knows; its last page may differ."""
+        pages = min(self._size, other._size) >> PAGE_SHIFT
+        for position in range(0, pages, len(_KNOWN_RUN)):
+            run = min(pages - position, len(_KNOWN_RUN))
+            if other.known.find(b"\x01", position, position + run) >= 0:  # else it stays untouched
+                self.known[position : position + run] = other.known[position : position + run]
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether every page of the range is known. `length` is at least 1."""
         first = offset >> PAGE_SHIFT
         last = (offset + length - 1) >> PAGE_SHIFT
         if first == last:
-            return bool(self._known[first])
-        return self._known.find(b"\x00", first, last + 1) < 0
+            return bool(self.known[first])
+        return self.known.find(HOLE, first, last + 1) < 0
 
     def mark(self, offset: int, length: int) -> None:
         """The pages that the range touches have memory under them."""
@@ -47,7 +56,7 @@ class AllocationMap:
         end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
         while position < end:
             run = min(end - position, len(_KNOWN_RUN))
-            self._known[position : position + run] = _KNOWN_RUN[:run]
+            self.known[position : position + run] = _KNOWN_RUN[:run]
             position += run
 
     def forget(self, offset: int, length: int) -> None:
@@ -56,14 +65,14 @@ class AllocationMap:
         end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
         for position in range(first, end, len(_KNOWN_RUN)):
             run = min(end - position, len(_KNOWN_RUN))
-            self._known[position : position + run] = bytes(run)
+            self.known[position : position + run] = bytes(run)
 
     def unknown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Runs of unknown pages that the range touches, as (offset, length) in whole pages."""
         position = offset >> PAGE_SHIFT
         end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
-        while (first := self._known.find(b"\x00", position, end)) >= 0:
-            known = self._known.find(b"\x01", first, end)
+        while (first := self.known.find(HOLE, position, end)) >= 0:
+            known = self.known.find(b"\x01", first, end)
             position = end if known < 0 else known
             yield first << PAGE_SHIFT, (position - first) << PAGE_SHIFT
 
@@ -86,13 +95,13 @@ class AllocationMap:
     def _known_end(self, position: int, end: int) -> int:
         """Where the run of known pages that starts at `position` ends, at most `end`."""
         first = position >> PAGE_SHIFT
-        unknown = self._known.find(b"\x00", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
+        unknown = self.known.find(HOLE, first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
         return end if unknown < 0 else max(position, min(end, unknown << PAGE_SHIFT))
 
     def _next_known(self, position: int, end: int) -> int:
         """Where the next known page starts, at most `end`."""
         first = position >> PAGE_SHIFT
-        known = self._known.find(b"\x01", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
+        known = self.known.find(b"\x01", first, (end + PAGE_BYTES - 1) >> PAGE_SHIFT)
         return end if known < 0 else min(end, known << PAGE_SHIFT)
 
     def _ask(self, position: int, end: int) -> Extent:

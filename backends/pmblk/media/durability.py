@@ -52,6 +52,9 @@ class Durability(abc.ABC):
     def layout_changed(self) -> None:
         """Blocks were reserved or given back: metadata that no cache-line flush makes durable."""
 
+    def moved_to(self, _other: "Durability") -> None:
+        """The file was mapped anew, with that level; whoever has this object keeps using it."""
+
 
 class InMemory(Durability):
     level = "memory"
@@ -108,6 +111,10 @@ class PersistentMemory(Durability):
 
     def layout_changed(self) -> None:
         self._layout_changes += 1
+
+    def moved_to(self, other: Durability) -> None:
+        assert isinstance(other, PersistentMemory)
+        self._address = other._address
 
 
 def map_and_detect(fd: int, size: int, *, read_only: bool) -> tuple[mmap.mmap, Durability]:

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pmblk.errors import MediaError
-from pmblk.media import syscalls
+from pmblk.media import reserve, syscalls
 from pmblk.media.allocation import AllocationMap
 from pmblk.media.durability import Durability, map_and_detect
+from pmblk.pages import PAGE_SHIFT
 from pmblk.ranges import slices
 from pmblk.units import format_size
 
@@ -32,7 +33,8 @@ Store = Callable[[int, "memoryview | bytes"], None]
 class Media:
     """An open, locked, mapped file. Made by `open_media`.
 
-    `view` is the whole file as bytes. Slices of it may be handed out and are valid until `close`.
+    `view` are the `size` bytes of data; slices of it may be handed out and are valid until `close`
+    or `resize`. `reserve_view` is what the file keeps for a page table (`pmblk.media.reserve`).
     """
 
     def __init__(
@@ -40,23 +42,31 @@ class Media:
         path: Path,
         fd: int,
         *,
-        size: int,
         read_only: bool,
         mapping: mmap.mmap,
         durability: Durability,
+        reserve_bytes: int = 0,
     ) -> None:
         self.path = path
-        self.size = size
+        self.reserve_bytes = reserve_bytes
         self.read_only = read_only
         self.durability = durability
-        self.allocation = AllocationMap(fd, size)
-        self.punches = not read_only and _punches_safely(fd, size)
+        self.reserve_user = ""  # the representation that has its page table there
         self._fd = fd
-        self._mapping = mapping
-        self.view = memoryview(mapping)
+        self._map(mapping)
+        self.punches = not read_only and _punches_safely(fd, self.file_bytes)
         self.store: Store = self._choose_store()
+        self.store_only: Store = self._write if durability.level == "file" else self._store
         if durability.level == "memory":
             self._recall_full_file()
+
+    def _map(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+        self.file_bytes = len(mapping)
+        self.size = self.file_bytes - self.reserve_bytes
+        self.view = memoryview(mapping)[: self.size]
+        self.reserve_view = memoryview(mapping)[self.size :]
+        self.allocation = AllocationMap(self._fd, self.file_bytes)
 
     def _recall_full_file(self) -> None:
         """Mark a file in memory without holes as known, rather than ask for its pages one by one.
@@ -64,10 +74,10 @@ class Media:
         The block count alone is no proof (blocks may lie past the end), but it says cheaply when
         there is no point in letting lseek walk over all pages.
         """
-        if self.allocated_bytes() < self.size:
+        if self.allocated_bytes() < self.file_bytes:
             return
-        if os.lseek(self._fd, 0, os.SEEK_HOLE) >= self.size:
-            self.allocation.mark(0, self.size)
+        if os.lseek(self._fd, 0, os.SEEK_HOLE) >= self.file_bytes:
+            self.allocation.mark(0, self.file_bytes)
 
     def _choose_store(self) -> Store:
         if self.durability.level == "file":
@@ -98,8 +108,13 @@ class Media:
         self.durability.stored(offset, len(data))
 
     def stored(self, offset: int, length: int) -> None:
-        """Somebody stored to `view` itself, not with `store`."""
+        """Somebody stored to `view` itself, or with `store_only`: write the cache lines back."""
         self.durability.stored(offset, length)
+
+    def write_back_pages(self, first: int, count: int) -> None:
+        """`stored` for whole pages; the last one may be cut short by the end."""
+        offset = first << PAGE_SHIFT
+        self.durability.stored(offset, min(count << PAGE_SHIFT, self.size - offset))
 
     def reserve(self, offset: int, length: int) -> None:
         """Every page that the range touches has memory under it. Raises OSError (ENOSPC, ...).
@@ -111,7 +126,7 @@ class Media:
         if self.allocation.covers(offset, length):
             return
         for start, span in self.allocation.unknown(offset, length):
-            syscalls.reserve(self._fd, start, min(span, self.size - start))
+            syscalls.reserve(self._fd, start, min(span, self.file_bytes - start))
             self.durability.layout_changed()
             self.allocation.mark(start, span)
 
@@ -136,10 +151,31 @@ class Media:
         """What the file occupies, as its file system counts it."""
         return os.fstat(self._fd).st_blocks * 512
 
+    def resize(self, size: int) -> None:
+        """Grow or shrink the file, and map it anew: `view` is another one afterwards.
+
+        Nobody holds a view of the old mapping. What is cut off is lost; what is added is a hole.
+        Raises OSError, and then nothing has changed. Not for a file with a reserve.
+        """
+        assert not self.reserve_bytes
+        before = self.file_bytes
+        os.ftruncate(self._fd, size)
+        try:
+            mapping, durability = map_and_detect(self._fd, size, read_only=self.read_only)
+        except OSError:
+            os.ftruncate(self._fd, before)
+            raise
+        self.durability.moved_to(durability)
+        old = self.allocation
+        self._map(mapping)
+        self.allocation.take_over(old)
+        self.durability.layout_changed()
+
     def close(self) -> None:
         """Unmap and unlock. Views that are still out keep the mapping, not the lock, alive."""
         try:
             self.view.release()
+            self.reserve_view.release()
             self._mapping.close()
         except BufferError:
             pass
@@ -187,21 +223,37 @@ def _sync_directory(directory: Path) -> None:
 
 
 def open_media(
-    path: Path, *, size: int | None = None, lba_bytes: int = 512, read_only: bool = False
+    path: Path,
+    *,
+    size: int | None = None,
+    lba_bytes: int = 512,
+    read_only: bool = False,
+    with_reserve: bool = False,
 ) -> Media:
     """Open, lock and map the file, which has `size` bytes if that is given, and whole blocks.
+
+    `with_reserve`: its last 1/64 is a reserve, or becomes one if nothing was ever written there.
 
     Raises MediaError, having changed nothing, for a file that is missing, not regular, of another
     size, owned by another process, or on a file system that cannot reserve space.
     """
-    fd = _open_locked(path, size=size, lba_bytes=lba_bytes, read_only=read_only)
+    fd = _open_locked(
+        path, size=size, lba_bytes=lba_bytes, read_only=read_only, with_reserve=with_reserve
+    )
     try:
         actual = os.fstat(fd).st_size
         if not read_only:
             _check_reservable(path, fd)
+        if with_reserve and not reserve.is_taken(fd, actual):
+            reserve.take(fd, actual)
         mapping, durability = map_and_detect(fd, actual, read_only=read_only)
         return Media(
-            path, fd, size=actual, read_only=read_only, mapping=mapping, durability=durability
+            path,
+            fd,
+            read_only=read_only,
+            mapping=mapping,
+            durability=durability,
+            reserve_bytes=reserve.reserve_bytes(actual) if with_reserve else 0,
         )
     except OSError as error:
         os.close(fd)
@@ -222,12 +274,20 @@ def _check_reservable(path: Path, fd: int) -> None:
         )
 
 
-def inspect(path: Path, *, size: int | None, lba_bytes: int, read_only: bool) -> None:
+def inspect(
+    path: Path, *, size: int | None, lba_bytes: int, read_only: bool, with_reserve: bool = False
+) -> None:
     """Whether `open_media` would accept the file; changes nothing. Raises MediaError."""
-    os.close(_open_locked(path, size=size, lba_bytes=lba_bytes, read_only=read_only))
+    os.close(
+        _open_locked(
+            path, size=size, lba_bytes=lba_bytes, read_only=read_only, with_reserve=with_reserve
+        )
+    )
 
 
-def _open_locked(path: Path, *, size: int | None, lba_bytes: int, read_only: bool) -> int:
+def _open_locked(
+    path: Path, *, size: int | None, lba_bytes: int, read_only: bool, with_reserve: bool
+) -> int:
     try:
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -237,6 +297,8 @@ def _open_locked(path: Path, *, size: int | None, lba_bytes: int, read_only: boo
     try:
         _check_file(path, fd, size, lba_bytes)
         _lock(path, fd, shared=read_only)
+        if with_reserve:
+            _check_reserve(path, fd, read_only=read_only)
     except BaseException:
         os.close(fd)
         raise
@@ -258,6 +320,27 @@ def _check_file(path: Path, fd: int, size: int | None, lba_bytes: int) -> None:
         raise MediaError(
             f"{path} has {status.st_size} bytes, no multiple of {lba_bytes}",
             hint="choose an lba_size of 512, or name another file",
+        )
+
+
+def _check_reserve(path: Path, fd: int, *, read_only: bool) -> None:
+    size = os.fstat(fd).st_size
+    if reserve.is_taken(fd, size):
+        return
+    if size < reserve.FILE_UNIT_BYTES or size % reserve.FILE_UNIT_BYTES:
+        raise MediaError(
+            f"{path} has {size} bytes: 1/64 of it is no whole number of pages",
+            hint="a page table on the device needs a multiple of 256KiB",
+        )
+    if read_only:
+        raise MediaError(
+            f"{path} has no reserve for a page table, and is read-only",
+            hint='choose memmap = "dram"',
+        )
+    if not reserve.can_be_taken(fd, size):
+        raise MediaError(
+            f"{path} has data in its last 1/64, where the page table would go",
+            hint='copy it to a file that is 1/63 larger, or choose memmap = "dram"',
         )
 
 

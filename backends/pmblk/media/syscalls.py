@@ -1,10 +1,11 @@
 """The few system calls that Python's os module does not have. ctypes releases the GIL in each.
 
-Sources: fallocate(2), statfs(2).
+Sources: fallocate(2), statfs(2), mincore(2).
 """
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 
@@ -13,6 +14,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 _FILE_SYSTEM_NAMES = {
@@ -83,3 +85,21 @@ def file_system(fd: int) -> str:
     _call(_libc.fstatfs(fd, buffer))
     magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
     return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
+
+
+def resident_bytes(mapping: mmap.mmap) -> int:
+    """How much of an anonymous mapping has memory under it."""
+    length = len(mapping)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+    _call(_libc.mincore(address, length, pages))
+    return pages.raw.count(1) * mmap.PAGESIZE
+
+
+def available_memory_bytes() -> int:
+    """What the kernel thinks it could still hand out (proc(5), MemAvailable)."""
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError("no MemAvailable: Linux 3.14 or later is needed")

@@ -78,4 +78,4 @@ class Command(msgspec.Struct, gc=False):
     segments: "Sequence[Segment] | None" = None
     extents: "list[Extent] | None" = None
     applied: bool = False  # done but for its durability (FUA), which it waits for
-    lease: Any = None  # what the representation holds for `segments`; opaque to front ends
+    leases: Sequence[Any] = ()  # what the representation holds for `segments`

@@ -7,26 +7,59 @@ from typing import Any
 import msgspec
 
 from pmblk.media import Media
-from pmblk.representations.base import Representation
+from pmblk.representations.base import Lease, Representation, RepresentationCounters
 from pmblk.representations.extent import ExtentRepresentation
 from pmblk.representations.page_cache import PageCacheRepresentation
+from pmblk.representations.pfn import PfnRepresentation
+from pmblk.representations.struct_page import StructPageRepresentation
+from pmblk.representations.transient_page import TransientPageRepresentation
 
-# Any: each kind takes its own Options, which `make` brings together.
-KINDS: Mapping[str, Any] = MappingProxyType(
+KINDS: Mapping[str, type[Representation]] = MappingProxyType(
     {
-        ExtentRepresentation.kind: ExtentRepresentation,
-        PageCacheRepresentation.kind: PageCacheRepresentation,
+        kind.kind: kind
+        for kind in (
+            PageCacheRepresentation,
+            StructPageRepresentation,
+            TransientPageRepresentation,
+            PfnRepresentation,
+            ExtentRepresentation,
+        )
     }
 )
 
-
-def make(
-    kind: str, media: Media, options: Mapping[str, Any] = MappingProxyType({})
-) -> Representation:
-    """A representation of that kind. Raises KeyError, or msgspec.ValidationError."""
-    chosen = KINDS[kind]
-    made: Representation = chosen(media, msgspec.convert(dict(options), chosen.Options))
-    return made
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
-__all__ = ["KINDS", "ExtentRepresentation", "PageCacheRepresentation", "Representation", "make"]
+def parse_options(
+    kind: str, options: Mapping[str, Any] = _NO_OPTIONS, *, strict: bool = True
+) -> Representation.Options:
+    """The options as that kind's type. Raises KeyError, or msgspec.ValidationError.
+
+    `strict` false takes numbers as text too, as a command line has them.
+    """
+    return msgspec.convert(dict(options), KINDS[kind].Options, strict=strict)
+
+
+def needs_reserve(options: Representation.Options) -> bool:
+    """Whether the media have to be opened with a reserve for a page table."""
+    return getattr(options, "memmap", None) == "device"
+
+
+def make(kind: str, media: Media, options: Representation.Options) -> Representation:
+    """A representation of that kind. Raises PmblkError when it cannot be had here.
+
+    It may take seconds (an eager page table of a large device), and touches nothing of another
+    representation of the same media, so it can run in a thread while that one serves.
+    """
+    return KINDS[kind].over(media, options)
+
+
+__all__ = [
+    "KINDS",
+    "Lease",
+    "Representation",
+    "RepresentationCounters",
+    "make",
+    "needs_reserve",
+    "parse_options",
+]

@@ -1,29 +1,79 @@
-"""The contract of a representation: how it hands out memory, holds it and remembers what is dirty.
+"""The contract of a representation: how it describes memory, holds it, and remembers its state.
 
 A representation stands between a namespace and its media. The namespace has already checked the
 range, reserved the pages of a write, and cut the holes out of a read, so a representation only
 ever sees memory that is there. It runs on the event loop and never blocks: where it cannot go on
 (an exhausted pool, every frame pinned) it says so, and the namespace asks again after a release.
-The media may refuse a store (OSError); then nothing is held, and nothing that was written is lost.
+Poisoned pages and media that refuse a store are an OSError; then nothing is held, and nothing that
+was written is lost.
 
 The invariants that the contract test holds every kind to:
 
 - what `hold` returns reads as the last bytes written to the range, and the memory behind it is
   not put to another use until `release`;
+- while `busy` says that a range is held, its pages are not given back to the file system;
 - after `write_back` of a range, the media hold every byte that was written to it;
 - after `forget` of a range, nothing that the representation remembers of it can come back;
+- a poisoned page fails every read and every write of a part of it, until it is written, zeroed or
+  discarded as a whole;
 - every lease is released exactly once; `leases` is 0 when none is out.
 """
 
 import abc
+import errno
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
+from pmblk import pages
 from pmblk.media import Media
+from pmblk.pages import PAGE_BYTES
+from pmblk.ranges import whole_units
 
-Lease = list[memoryview]
+
+class Lease(msgspec.Struct, gc=False, eq=False):
+    """Held memory. `views` add up to the range, in order; the rest is the kind's own.
+
+    The views belong to the representation and are read-only to the caller by agreement.
+    """
+
+    views: list[memoryview]
+    first: int = 0
+    count: int = 0
+    descriptors: Any = None  # what the kind built to describe the memory, in its own form
+
+
+class RepresentationCounters(msgspec.Struct, kw_only=True):
+    """What a representation cost so far. Bytes, or plain counts; kinds leave at 0 what they lack.
+
+    A write that was received straight into memory counts once for each piece that arrived.
+    """
+
+    bytes_copied: int = 0  # by the representation itself; a front end's transfer is not in it
+    descriptors_built: int = 0
+    descriptor_bytes: int = 0
+    metadata_bytes: int = 0  # what it needs for the whole namespace
+    metadata_resident_bytes: int = 0  # what of that has memory now (DRAM)
+    metadata_device_bytes: int = 0  # what of that lies on the media
+    pins: int = 0  # references taken, in the kind's own unit
+    unpins: int = 0
+    peak_pins: int = 0
+    splits: int = 0  # runs that had to be cut
+    merges: int = 0  # neighbours that became one run
+    iovecs: int = 0  # views that reads were handed out in
+    sgl_descriptors: int = 0  # runs that an SGL would name, reads and writes
+    pool_waits: int = 0  # refusals for want of descriptors or frames
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_write_backs: int = 0
+    cached_bytes: int = 0
+    dirty_bytes: int = 0
+    poisoned_bytes: int = 0
+
+
+def poison_error(offset: int, length: int) -> OSError:
+    return OSError(errno.EIO, f"poisoned memory in {length} bytes at {offset}")
 
 
 class Representation(abc.ABC):
@@ -37,22 +87,37 @@ class Representation(abc.ABC):
     has_windows = False  # whether `window` is worth asking for
 
     def __init__(self, media: Media, options: Options) -> None:
+        """Raises PmblkError when it cannot be had here (memory, the media's format)."""
         self.media = media
         self.options = options
         self.leases = 0
-        self.bytes_copied = 0
+        self.has_poison = False
+        self._bad_pages: set[int] = set()
+
+    @classmethod
+    def over(cls, media: Media, options: Any) -> "Representation":
+        """A representation of this kind; its options may choose how it is built."""
+        return cls(media, options)
+
+    # ---- holding
 
     @abc.abstractmethod
     def hold(self, offset: int, length: int) -> Lease | None:
-        """The memory of the range, in order, held until `release`; None: ask again later.
+        """The memory of the range, held until `release`; None: ask again later. Raises OSError."""
 
-        The views belong to the representation, are read-only to the caller by agreement, and
-        their lengths add up to `length`.
-        """
-
+    @abc.abstractmethod
     def release(self, leases: Sequence[Lease]) -> None:
         """These I/Os are done. Their views may be looked at until the next await, not after."""
-        self.leases -= len(leases)
+
+    @abc.abstractmethod
+    def busy(self, offset: int, length: int) -> bool:
+        """Whether somebody holds the memory of the range, so that it cannot be given back yet."""
+
+    def lifetime_unit(self, offset: int, length: int) -> tuple[int, int]:
+        """What must be kept free of new holds so that `busy` of the range comes to an end."""
+        return offset, length
+
+    # ---- writing
 
     @abc.abstractmethod
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:
@@ -67,23 +132,69 @@ class Representation(abc.ABC):
 
     def stored(self, offset: int, length: int) -> None:
         """A part of a window has been filled."""
-        self.media.stored(offset, length)
+        raise AssertionError(f"{self.kind} has no windows")
 
     def zero(self, offset: int, length: int) -> None:
         """Zeroes over a reserved range, in memory: the way for ranges that must not be punched."""
+        if self.has_poison:
+            self._refuse_half_poisoned(offset, length)
         self.forget(offset, length)
         self.media.fill_with_zeroes(offset, length)
 
+    # ---- what is dirty
+
     def dirty(self) -> bool:
-        """Whether the media lack something that was written."""
+        """Whether the media lack something that was written, or its durability does."""
         return False
 
     def dirty_extents(self) -> list[tuple[int, int]]:
-        """What the media lack, as (offset, length), sorted; what is written later is not in it."""
+        """What `dirty` is about, as (offset, length), sorted; later writes are not in it."""
         return []
 
     def write_back(self, offset: int, length: int) -> None:
-        """Bring what was written to the range to the media. It is not durable by that."""
+        """Bring what was written to the range to the media; a sync makes it durable."""
 
     def forget(self, offset: int, length: int) -> None:
         """The whole range is about to become zeroes: drop what is remembered of it."""
+        if self.has_poison:
+            self._heal(offset, length)
+
+    # ---- poison: a page whose memory has failed. `has_poison` guards the path of an I/O.
+
+    def poison(self, first: int, count: int) -> None:
+        """These pages are bad from now on."""
+        self._bad_pages.update(range(first, first + count))
+        self.has_poison = True
+
+    def poisoned(self) -> list[int]:
+        """The bad pages, sorted."""
+        return sorted(self._bad_pages)
+
+    def _heal(self, offset: int, length: int) -> None:
+        """The whole pages of the range are good again."""
+        self._bad_pages.difference_update(pages.whole(offset, length, limit=self.media.size))
+        self.has_poison = bool(self._bad_pages)
+
+    def _refuse_poisoned(self, offset: int, length: int) -> None:
+        """Raises OSError (EIO) when the range touches a bad page."""
+        first, count = pages.span(offset, length)
+        if not self._bad_pages.isdisjoint(range(first, first + count)):
+            raise poison_error(offset, length)
+
+    def _refuse_half_poisoned(self, offset: int, length: int) -> None:
+        """Raises OSError (EIO) when a bad page is to be written in part; whole ones are welcome."""
+        start, end = whole_units(offset, length, unit=PAGE_BYTES, limit=self.media.size)
+        if start > offset:
+            self._refuse_poisoned(offset, min(start - offset, length))
+        if start <= end < offset + length:
+            self._refuse_poisoned(end, offset + length - end)
+
+    # ---- what it cost
+
+    @abc.abstractmethod
+    def counters(self) -> RepresentationCounters:
+        """All of it, now. Not for the path of an I/O."""
+
+    def close(self) -> None:
+        """Give its own memory back; no lease is out."""
+        assert self.leases == 0

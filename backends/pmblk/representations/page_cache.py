@@ -4,7 +4,7 @@ The frames live in an arena of fixed size. A page that is read or written in par
 the media first; a written page is dirty until it is written back. When the arena is full, CLOCK
 looks for a frame that nobody holds and nobody used since the hand last passed (Corbato 1968), and
 writes it back if it is dirty. If every frame is held, the I/O waits: that is back-pressure, not
-an error.
+an error. Each frame has a page struct: its page, who holds it, whether it was used lately.
 
 A frame is in one of three states: free; cached (in `_frame_of`, maybe dirty, maybe pinned); or
 orphaned: its page was forgotten while a lease was out. An orphan keeps its bytes for the lease and
@@ -14,23 +14,26 @@ becomes free with the last unpin.
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
+
+from pmblk import pages
 from pmblk.media import Media
-from pmblk.ranges import round_out, slices
-from pmblk.representations.base import Lease, Representation
+from pmblk.media.syscalls import resident_bytes
+from pmblk.pages import PAGE_BYTES
+from pmblk.representations.base import Lease, Representation, RepresentationCounters
+from pmblk.representations.descriptors import BVEC_BYTES
+from pmblk.representations.dirty_map import page_extents
+from pmblk.representations.page_table import (
+    HALVES,
+    REFCOUNT_HALF,
+    REFERENCED,
+    WORDS,
+    PageTable,
+    anonymous,
+)
 from pmblk.units import parse_size
 
-PAGE_BYTES = 4096
 _NO_PAGE = -1
-
-
-class _FrameLease(Lease):
-    """Views of frames, and which frames they are."""
-
-    __slots__ = ("frames",)
-
-    def __init__(self, views: list[memoryview], frames: list[int]) -> None:
-        super().__init__(views)
-        self.frames = frames
 
 
 class PageCacheRepresentation(Representation):
@@ -52,92 +55,124 @@ class PageCacheRepresentation(Representation):
         arena_bytes = parse_size(options.arena)
         self._frames = arena_bytes // PAGE_BYTES
         self.io_bytes_max = arena_bytes // 4  # unaligned ends and other holders need frames too
-        self._arena = memoryview(mmap.mmap(-1, arena_bytes))
+        self._memory = mmap.mmap(-1, arena_bytes)
+        self._arena = memoryview(self._memory)
+        self._table_memory = anonymous(self._frames)
+        self._table = PageTable(self._table_memory)
         self._frame_of: dict[int, int] = {}  # page -> frame
         self._page_of = [_NO_PAGE] * self._frames
-        self._pins = [0] * self._frames
-        self._used = bytearray(self._frames)
         self._dirty: set[int] = set()  # pages
         self._free = list(range(self._frames - 1, -1, -1))
         self._hand = 0
-        self.hits = self.misses = self.write_backs = 0
+        self._hits = self._misses = self._write_backs = self._waits = self._copied = 0
+        self._pins = self._unpins = self._peak = self._iovecs = self._runs = 0
+
+    # ---- holding: frames, each pinned
 
     def hold(self, offset: int, length: int) -> Lease | None:
         if length > self.io_bytes_max:
             return None
-        views: list[memoryview] = []
-        frames: list[int] = []
-        try:
-            for position, piece in _pages(offset, length):
-                frame = self._cached(position // PAGE_BYTES, fill=True)
-                if frame is None:
-                    self._unpin(frames)
-                    return None
-                self._pins[frame] += 1
-                frames.append(frame)
-                start = frame * PAGE_BYTES + position % PAGE_BYTES
-                views.append(self._arena[start : start + piece])
-        except OSError:
-            self._unpin(frames)
-            raise
+        frames = self._pinned_frames(offset, length, fill=True)
+        if frames is None:
+            return None
+        views = self._views(offset, length, frames)
         self.leases += 1
-        return _FrameLease(views, frames)
+        self._iovecs += len(views)
+        return Lease(views, descriptors=frames)
 
     def release(self, leases: Sequence[Lease]) -> None:
-        super().release(leases)
+        self._peak = max(self._peak, self._pins - self._unpins)
+        self.leases -= len(leases)
         for lease in leases:
-            assert isinstance(lease, _FrameLease)
-            self._unpin(lease.frames)
+            self._unpin(lease.descriptors)
 
-    def write(self, offset: int, payload: "memoryview | bytes") -> bool:
-        """Copies page by page; a page is taken whole or not at all, and a refusal takes none.
+    def busy(self, offset: int, length: int) -> bool:
+        """Never: a lease holds frames, and the pages of the media are free to go."""
+        return False
 
-        To refuse before anything was taken, the frames are found and pinned first.
+    def _pinned_frames(self, offset: int, length: int, *, fill: bool) -> list[int] | None:
+        """The frames of the range, each with a reference more; None, and no reference: too few.
+
+        `fill`: with what the pages hold; without it, pages that the range covers in part only.
         """
-        if len(payload) > self.io_bytes_max:
-            return False
         frames: list[int] = []
+        references = self._table.half_items
         try:
-            for position, piece in _pages(offset, len(payload)):
-                frame = self._cached(position // PAGE_BYTES, fill=piece < PAGE_BYTES)
+            for position, piece in pages.pieces(offset, length):
+                frame = self._cached(position // PAGE_BYTES, fill=fill or piece < PAGE_BYTES)
                 if frame is None:
-                    self._drop_unfilled(frames, offset, len(payload))
-                    return False
-                self._pins[frame] += 1
+                    self._waits += 1
+                    self._drop(frames, offset, length, filled=fill)
+                    return None
+                references[frame * HALVES + REFCOUNT_HALF] += 1
                 frames.append(frame)
         except OSError:
-            self._drop_unfilled(frames, offset, len(payload))
+            self._drop(frames, offset, length, filled=fill)
             raise
+        self._pins += len(frames)
+        return frames
+
+    def _drop(self, frames: list[int], offset: int, length: int, *, filled: bool) -> None:
+        """Undo `_pinned_frames`: whole pages that never got their bytes are dropped."""
+        for frame, (position, piece) in zip(frames, pages.pieces(offset, length), strict=False):
+            left = self._table.unpin_one(frame)
+            page = position // PAGE_BYTES
+            if not filled and piece == PAGE_BYTES and page not in self._dirty and not left:
+                self._forget_page(page)
+
+    def _views(self, offset: int, length: int, frames: list[int]) -> list[memoryview]:
+        """The range in the arena; frames that are neighbours there make one view."""
+        views: list[memoryview] = []
+        head = offset % PAGE_BYTES
+        start = frames[0]
+        following = start + 1
+        for frame in frames[1:]:
+            if frame != following:
+                views.append(self._arena[start * PAGE_BYTES + head : following * PAGE_BYTES])
+                start, head = frame, 0
+            following = frame + 1
+        end = (following - 1) * PAGE_BYTES + (offset + length - 1) % PAGE_BYTES + 1
+        views.append(self._arena[start * PAGE_BYTES + head : end])
+        self._runs += len(views)
+        return views
+
+    def _unpin(self, frames: list[int]) -> None:
+        self._unpins += len(frames)
+        for frame in frames:
+            if not self._table.unpin_one(frame) and self._page_of[frame] == _NO_PAGE:
+                self._free.append(frame)
+
+    # ---- writing: into frames
+
+    def write(self, offset: int, payload: "memoryview | bytes") -> bool:
+        """Taken whole or not at all: the frames are found and pinned before a byte is copied."""
+        length = len(payload)
+        if length > self.io_bytes_max:
+            return False
+        if self.has_poison:
+            self._refuse_half_poisoned(offset, length)
+        frames = self._pinned_frames(offset, length, fill=False)
+        if frames is None:
+            return False
         taken = 0
-        for frame, (position, piece) in zip(frames, _pages(offset, len(payload)), strict=True):
-            start = frame * PAGE_BYTES + position % PAGE_BYTES
-            self._arena[start : start + piece] = payload[taken : taken + piece]
-            self._dirty.add(position // PAGE_BYTES)
-            taken += piece
-        self.bytes_copied += taken
+        for view in self._views(offset, length, frames):
+            view[:] = payload[taken : taken + len(view)]
+            taken += len(view)
+        first, count = pages.span(offset, length)
+        self._dirty.update(range(first, first + count))
+        self._copied += length
         self._unpin(frames)
+        if self.has_poison:
+            self._heal(offset, length)
         return True
 
-    def _drop_unfilled(self, frames: list[int], offset: int, length: int) -> None:
-        """Undo the first half of `write`: whole pages that never got their bytes are dropped."""
-        for frame, (position, piece) in zip(frames, _pages(offset, length), strict=False):
-            self._pins[frame] -= 1
-            page = position // PAGE_BYTES
-            if piece == PAGE_BYTES and page not in self._dirty and not self._pins[frame]:
-                self._forget_page(page)
+    # ---- what is dirty
 
     def dirty(self) -> bool:
         return bool(self._dirty)
 
     def dirty_extents(self) -> list[tuple[int, int]]:
-        extents: list[tuple[int, int]] = []
-        for page in sorted(self._dirty):
-            offset = page * PAGE_BYTES
-            if extents and sum(extents[-1]) == offset:
-                extents[-1] = (extents[-1][0], extents[-1][1] + PAGE_BYTES)
-            else:
-                extents.append((offset, PAGE_BYTES))
-        return extents
+        return page_extents(np.array(sorted(self._dirty), np.int64))
 
     def write_back(self, offset: int, length: int) -> None:
         for page in self._pages_of(self._dirty, offset, length):
@@ -145,6 +180,7 @@ class PageCacheRepresentation(Representation):
 
     def forget(self, offset: int, length: int) -> None:
         """Whole pages are dropped; of a page that is covered in part, the part becomes zeroes."""
+        super().forget(offset, length)
         for page in self._pages_of(self._frame_of, offset, length):
             start = max(offset, page * PAGE_BYTES)
             end = min(offset + length, (page + 1) * PAGE_BYTES)
@@ -155,23 +191,32 @@ class PageCacheRepresentation(Representation):
                 self._arena[base + start : base + end] = bytes(end - start)
                 self._dirty.add(page)
 
+    def poison(self, first: int, count: int) -> None:
+        """What a frame holds of a bad page is dropped with it, written or not."""
+        super().poison(first, count)
+        for page in range(first, first + count):
+            if page in self._frame_of:
+                self._forget_page(page)
+
     @staticmethod
     def _pages_of(known: "dict[int, int] | set[int]", offset: int, length: int) -> list[int]:
         """The known pages that the range touches, sorted; looks through the shorter of the two."""
-        first, span = round_out(offset, length, unit=PAGE_BYTES)
-        pages = range(first // PAGE_BYTES, (first + span) // PAGE_BYTES)
-        if len(known) < len(pages):
-            return sorted(page for page in known if page in pages)
-        return [page for page in pages if page in known]
+        first, count = pages.span(offset, length)
+        touched = range(first, first + count)
+        if len(known) < count:
+            return sorted(page for page in known if page in touched)
+        return [page for page in touched if page in known]
+
+    # ---- frames
 
     def _cached(self, page: int, *, fill: bool) -> int | None:
         """The frame of `page`, filled from the media if asked; None when every frame is held."""
         frame = self._frame_of.get(page)
         if frame is not None:
-            self.hits += 1
-            self._used[frame] = 1
+            self._hits += 1
+            self._table.word_items[frame * WORDS] |= REFERENCED
             return frame
-        self.misses += 1
+        self._misses += 1
         frame = self._free.pop() if self._free else self._evict()
         if frame is None:
             return None
@@ -183,29 +228,32 @@ class PageCacheRepresentation(Representation):
                 raise
         self._frame_of[page] = frame
         self._page_of[frame] = page
-        self._used[frame] = 1
+        self._table.set_one(frame, index=page, flags=REFERENCED)
         return frame
 
     def _fill(self, frame: int, page: int) -> None:
         """Copy the page in, zeroes for what has no memory: a fill must not allocate."""
         offset = page * PAGE_BYTES
         length = min(PAGE_BYTES, self.media.size - offset)
+        if self.has_poison:
+            self._refuse_poisoned(offset, length)
         base = frame * PAGE_BYTES - offset
         for extent in self.media.allocation.extents(offset, length):
             start, end = extent.offset, extent.offset + extent.length
             source = bytes(extent.length) if extent.hole else self.media.view[start:end]
             self._arena[base + start : base + end] = source
-        self.bytes_copied += length
+        self._copied += length
 
     def _evict(self) -> int | None:
-        """CLOCK: two rounds suffice, the first clears every `used` mark."""
+        """CLOCK: two rounds suffice, the first clears every mark of use."""
+        flags, references = self._table.word_items, self._table.half_items
         for _ in range(2 * self._frames):
             frame = self._hand
             self._hand = (self._hand + 1) % self._frames
-            if self._pins[frame]:
+            if references[frame * HALVES + REFCOUNT_HALF]:
                 continue
-            if self._used[frame]:
-                self._used[frame] = 0
+            if flags[frame * WORDS] & REFERENCED:
+                flags[frame * WORDS] &= ~REFERENCED
                 continue
             page = self._page_of[frame]
             if page in self._dirty:
@@ -222,26 +270,36 @@ class PageCacheRepresentation(Representation):
         start = self._frame_of[page] * PAGE_BYTES
         self.media.store(offset, self._arena[start : start + length])
         self._dirty.discard(page)
-        self.write_backs += 1
-        self.bytes_copied += length
+        self._write_backs += 1
+        self._copied += length
 
     def _forget_page(self, page: int) -> None:
         frame = self._frame_of.pop(page)
         self._page_of[frame] = _NO_PAGE
         self._dirty.discard(page)
-        if not self._pins[frame]:
+        if not self._table.half_items[frame * HALVES + REFCOUNT_HALF]:
             self._free.append(frame)
 
-    def _unpin(self, frames: list[int]) -> None:
-        for frame in frames:
-            self._pins[frame] -= 1
-            if not self._pins[frame] and self._page_of[frame] == _NO_PAGE:
-                self._free.append(frame)
+    # ---- what it cost
 
-
-def _pages(offset: int, length: int) -> "list[tuple[int, int]]":
-    """The range cut at page boundaries, as (offset, length)."""
-    head = min(length, -offset % PAGE_BYTES)
-    pieces = [(offset, head)] if head else []
-    pieces += slices(offset + head, length - head, slice_bytes=PAGE_BYTES)
-    return pieces
+    def counters(self) -> RepresentationCounters:
+        return RepresentationCounters(
+            bytes_copied=self._copied,
+            descriptors_built=self._pins,
+            descriptor_bytes=self._pins * BVEC_BYTES,
+            metadata_bytes=self._table.bytes,
+            metadata_resident_bytes=resident_bytes(self._table_memory),
+            pins=self._pins,
+            unpins=self._unpins,
+            peak_pins=max(self._peak, self._pins - self._unpins),
+            merges=self._pins - self._runs,
+            iovecs=self._iovecs,
+            sgl_descriptors=self._runs,
+            pool_waits=self._waits,
+            cache_hits=self._hits,
+            cache_misses=self._misses,
+            cache_write_backs=self._write_backs,
+            cached_bytes=len(self._frame_of) * PAGE_BYTES,
+            dirty_bytes=len(self._dirty) * PAGE_BYTES,
+            poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
+        )

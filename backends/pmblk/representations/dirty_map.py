@@ -1,0 +1,86 @@
+"""Which pages are dirty, one bit a page: for those who have no page struct to write it in.
+
+A summary of one byte for each 128 MiB finds the dirty parts of a large device without a look at all
+of its bits. The bits are in anonymous memory that costs nothing until it is touched.
+"""
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+from pmblk.media.syscalls import resident_bytes
+from pmblk.pages import PAGE_BYTES
+
+_CHUNK_BYTES = 4096  # of bits: 128 MiB of the device
+_CHUNK_PAGES = _CHUNK_BYTES * 8
+_CHUNK_SHIFT = _CHUNK_PAGES.bit_length() - 1
+
+
+def page_extents(numbers: Any) -> list[tuple[int, int]]:
+    """An array of sorted page numbers as byte ranges (offset, length), neighbours joined."""
+    if not len(numbers):
+        return []
+    borders = np.flatnonzero(np.diff(numbers) != 1)
+    firsts = numbers[np.concatenate(([0], borders + 1))] * PAGE_BYTES
+    ends = (numbers[np.concatenate((borders, [len(numbers) - 1]))] + 1) * PAGE_BYTES
+    return list(zip(firsts.tolist(), (ends - firsts).tolist(), strict=True))
+
+
+class DirtyMap:
+    def __init__(self, pages: int) -> None:
+        chunks = -(-pages // _CHUNK_PAGES)
+        self.bytes = -(-pages // 8)
+        self._bits = mmap.mmap(-1, max(chunks, 1) * _CHUNK_BYTES)
+        self._summary = bytearray(chunks)
+
+    def __bool__(self) -> bool:
+        return 1 in self._summary
+
+    def mark(self, first: int, count: int) -> None:
+        bits = self._bits
+        end = first + count
+        byte, last = first >> 3, (end - 1) >> 3
+        self._summary[first >> _CHUNK_SHIFT] = 1
+        if byte == last:
+            bits[byte] |= ((1 << count) - 1) << (first & 7)
+            return
+        bits[byte] |= 0xFF << (first & 7) & 0xFF
+        bits[last] |= 0xFF >> (7 - (end - 1 & 7))
+        bits[byte + 1 : last] = b"\xff" * (last - byte - 1)
+        for chunk in range((first >> _CHUNK_SHIFT) + 1, (end - 1 >> _CHUNK_SHIFT) + 1):
+            self._summary[chunk] = 1
+
+    def clear(self, first: int, count: int) -> None:
+        bits = self._bits
+        end = first + count
+        byte, last = first >> 3, (end - 1) >> 3
+        if byte == last:
+            bits[byte] &= ~(((1 << count) - 1) << (first & 7)) & 0xFF
+        else:
+            bits[byte] &= 0xFF >> (8 - (first & 7))
+            bits[last] &= 0xFF << ((end - 1 & 7) + 1) & 0xFF
+            bits[byte + 1 : last] = bytes(last - byte - 1)
+        for chunk in range(first >> _CHUNK_SHIFT, (end - 1 >> _CHUNK_SHIFT) + 1):
+            if self._summary[chunk] and not self._in_chunk(chunk).any():
+                self._summary[chunk] = 0
+
+    def extents(self) -> list[tuple[int, int]]:
+        """The dirty pages as byte ranges (offset, length), sorted, neighbours joined."""
+        found = [np.empty(0, np.int64)]
+        chunk = self._summary.find(1)
+        while chunk >= 0:
+            bits = np.unpackbits(self._in_chunk(chunk), bitorder="little")
+            found.append(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
+            chunk = self._summary.find(1, chunk + 1)
+        return page_extents(np.concatenate(found))
+
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._bits)
+
+    def dirty_bytes(self) -> int:
+        chunks = (chunk for chunk, dirty in enumerate(self._summary) if dirty)
+        return PAGE_BYTES * sum(int(np.bitwise_count(self._in_chunk(one)).sum()) for one in chunks)
+
+    def _in_chunk(self, chunk: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        return np.frombuffer(self._bits, np.uint8, _CHUNK_BYTES, chunk * _CHUNK_BYTES)

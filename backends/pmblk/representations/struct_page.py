@@ -1,0 +1,372 @@
+"""`struct-page`: a page struct of 64 bytes for every 4 KiB of the device, as long as it is open.
+
+Everything about a page is written in its struct: who holds it (a reference count), whether it is
+dirty, whether its memory is bad. A lease is one reference on each page. The price is the table:
+1/64 of the device, 6.25 GiB for 400 GiB.
+
+`memmap` says where the table lies: "dram", or "device", in the reserve of the file
+(`pmblk.media.reserve`). `init` says when its memory is taken: "lazy", as pages are used, or
+"eager", all at the start, as the kernel does. `compound = "2MiB"` keeps one reference count, one
+dirty and one poison mark for each 2 MiB, in the head struct; of the eight pages that the structs of
+2 MiB fill, two stay, as the kernel leaves when it folds equal tails, so the table is a quarter.
+
+Dirty pages are found again by a coarse index of 2 MiB sections, as the tags of Linux's page tree.
+Sources: Documentation/mm/vmemmap_dedup.rst, include/linux/page-flags.h.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pmblk import pages
+from pmblk.errors import PmblkError
+from pmblk.media import Media
+from pmblk.media.syscalls import available_memory_bytes, resident_bytes
+from pmblk.pages import PAGE_BYTES
+from pmblk.ranges import round_out
+from pmblk.representations.base import Lease, Representation, RepresentationCounters
+from pmblk.representations.descriptors import BVEC_BYTES, bvecs
+from pmblk.representations.dirty_map import page_extents
+from pmblk.representations.page_table import (
+    DIRTY,
+    HWPOISON,
+    RESERVED,
+    STRUCT_BYTES,
+    PageTable,
+    anonymous,
+)
+from pmblk.units import format_size
+
+SECTION_PAGES = 512  # 2 MiB
+SECTION_STRUCTS_KEPT = 128  # of 512, when compound: two pages of structs of eight
+
+
+class StructPageRepresentation(Representation):
+    class Options(Representation.Options, frozen=True, forbid_unknown_fields=True):
+        """`memmap`: where the table lies; `init`: when it takes memory; `compound`: its grain."""
+
+        memmap: Literal["dram", "device"] = "dram"
+        init: Literal["lazy", "eager"] = "lazy"
+        compound: Literal["none", "2MiB"] = "none"
+
+    kind = "struct-page"
+
+    @classmethod
+    def over(cls, media: Media, options: Any) -> "StructPageRepresentation":
+        chosen = CompoundStructPage if options.compound == "2MiB" else cls
+        return chosen(media, options)
+
+    def __init__(self, media: Media, options: Options) -> None:
+        super().__init__(media, options)
+        self._pages = -(-media.size // PAGE_BYTES)
+        structs = self._structs_needed()
+        eager = options.init == "eager"
+        self._on_device = options.memmap == "device"
+        self._memory = (
+            _reserved(media, structs, eager=eager)
+            if self._on_device
+            else _dram(media, structs, eager=eager)
+        )
+        self._table = PageTable(self._memory)
+        if eager:
+            self._table.fill_flags(RESERVED)
+        self._dirty_sections = bytearray(-(-self._pages // SECTION_PAGES))
+        self._view = media.view
+        self._store = media.store_only
+        self._pins = self._unpins = self._peak = 0
+        self._built = self._holds = self._writes = 0
+        self.has_windows = media.stores_to_view
+
+    # ---- which structs, and what names them to a block layer
+
+    def _structs_needed(self) -> int:
+        return self._pages
+
+    def _structs(self, first: int, count: int) -> Sequence[tuple[int, int]]:
+        """The runs of structs (first, count) that stand for a run of pages."""
+        return ((first, count),)
+
+    def _bvecs(self, offset: int, length: int, first: int, count: int) -> Any:
+        start = self._table.address + first * STRUCT_BYTES
+        structs = range(start, start + count * STRUCT_BYTES, STRUCT_BYTES)
+        return bvecs(offset, length, structs)
+
+    def _describe(self, offset: int, length: int) -> tuple[int, int, Any]:
+        """First page, count, and the bio_vecs; the structs have memory after it. Raises OSError."""
+        first, count = pages.span(offset, length)
+        if self._on_device:
+            for start, structs in self._structs(first, count):
+                place = self.media.size + start * STRUCT_BYTES
+                self.media.reserve(place, structs * STRUCT_BYTES)
+        vector = self._bvecs(offset, length, first, count)
+        self._built += len(vector)
+        return first, count, vector
+
+    # ---- holding: a reference on each page
+
+    def hold(self, offset: int, length: int) -> Lease | None:
+        if self.has_poison:
+            self._refuse_poisoned(offset, length)
+        first, count, vector = self._describe(offset, length)
+        self._pin(first, count)
+        self.leases += 1
+        self._holds += 1
+        return Lease([self._view[offset : offset + length]], first, count, vector)
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        self._peak = max(self._peak, self._pins - self._unpins)
+        self.leases -= len(leases)
+        for lease in leases:
+            self._unpin(lease.first, lease.count)
+
+    def busy(self, offset: int, length: int) -> bool:
+        table = self._table
+        return any(table.pinned(*run) for run in self._structs(*pages.span(offset, length)))
+
+    def _pin(self, first: int, count: int) -> None:
+        for start, structs in self._structs(first, count):
+            self._table.pin(start, structs)
+            self._pins += structs
+
+    def _unpin(self, first: int, count: int) -> None:
+        for start, structs in self._structs(first, count):
+            self._table.unpin(start, structs)
+            self._unpins += structs
+
+    # ---- writing, and the dirty marks
+
+    def write(self, offset: int, payload: "memoryview | bytes") -> bool:
+        length = len(payload)
+        if self.has_poison:
+            self._refuse_half_poisoned(offset, length)
+        first, count, _ = self._describe(offset, length)
+        self._pin(first, count)
+        try:
+            self._store(offset, payload)
+        finally:
+            self._unpin(first, count)
+        self._mark_dirty(first, count)
+        self._writes += 1
+        if self.has_poison:
+            self._heal(offset, length)
+        return True
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        if not self.has_windows or self.has_poison:
+            return None
+        return self._view[offset : offset + length]
+
+    def stored(self, offset: int, length: int) -> None:
+        first, count, _ = self._describe(offset, length)
+        self._mark_dirty(first, count)
+        self._writes += 1
+
+    def _mark_dirty(self, first: int, count: int) -> None:
+        for start, structs in self._structs(first, count):
+            self._table.set_flags(start, structs, DIRTY)
+        section, last = first // SECTION_PAGES, (first + count - 1) // SECTION_PAGES
+        while section <= last:
+            self._dirty_sections[section] = 1
+            section += 1
+
+    def dirty(self) -> bool:
+        return 1 in self._dirty_sections
+
+    def dirty_extents(self) -> list[tuple[int, int]]:
+        sections = self._sections(0, self._pages)
+        return [extent for section in sections for extent in self._dirty_in(section)]
+
+    def _sections(self, first: int, count: int) -> Iterator[int]:
+        """The sections with dirty pages that a run of pages touches, in order."""
+        end = (first + count - 1) // SECTION_PAGES + 1
+        section = self._dirty_sections.find(1, first // SECTION_PAGES, end)
+        while section >= 0:
+            yield section
+            section = self._dirty_sections.find(1, section + 1, end)
+
+    def _dirty_in(self, section: int) -> list[tuple[int, int]]:
+        first = section * SECTION_PAGES
+        count = min(SECTION_PAGES, self._pages - first)
+        return page_extents(self._table.with_flags(first, count, DIRTY))
+
+    def write_back(self, offset: int, length: int) -> None:
+        first, count = pages.span(offset, length)
+        self.media.write_back_pages(first, count)
+        self._mark_clean(first, count)
+
+    def forget(self, offset: int, length: int) -> None:
+        super().forget(offset, length)
+        gone = pages.whole(offset, length, limit=self.media.size)
+        if gone:
+            self._mark_clean(gone.start, len(gone))
+
+    def _mark_clean(self, first: int, count: int) -> None:
+        """Only in dirty sections: the other structs may have no memory, and need none."""
+        for section in self._sections(first, count):
+            start = max(first, section * SECTION_PAGES)
+            end = min(first + count, (section + 1) * SECTION_PAGES)
+            self._table.clear_flags(start, end - start, DIRTY)
+            if not self._dirty_in(section):
+                self._dirty_sections[section] = 0
+
+    # ---- poison: a mark in the struct; the list is for those who want all of them
+
+    def poison(self, first: int, count: int) -> None:
+        super().poison(first, count)
+        for start, structs in self._structs(first, count):
+            if self._on_device:
+                self.media.reserve(self.media.size + start * STRUCT_BYTES, structs * STRUCT_BYTES)
+            self._table.set_flags(start, structs, HWPOISON)
+
+    def _heal(self, offset: int, length: int) -> None:
+        super()._heal(offset, length)
+        for page in pages.whole(offset, length, limit=self.media.size):
+            self._table.clear_flags(page, 1, HWPOISON)
+
+    def _refuse_poisoned(self, offset: int, length: int) -> None:
+        for start, structs in self._structs(*pages.span(offset, length)):
+            if self._table.any_flags(start, structs, HWPOISON):
+                super()._refuse_poisoned(offset, length)
+
+    # ---- what it cost
+
+    def counters(self) -> RepresentationCounters:
+        runs = self._holds + self._writes
+        dirty = sum(length for _, length in self.dirty_extents())
+        return RepresentationCounters(
+            descriptors_built=self._built,
+            descriptor_bytes=self._built * BVEC_BYTES,
+            metadata_bytes=self._table.bytes,
+            metadata_resident_bytes=0 if self._on_device else resident_bytes(self._memory),
+            metadata_device_bytes=self._table.bytes if self._on_device else 0,
+            pins=self._pins,
+            unpins=self._unpins,
+            peak_pins=max(self._peak, self._pins - self._unpins),
+            merges=self._built - runs,
+            iovecs=self._holds,
+            sgl_descriptors=runs,
+            dirty_bytes=dirty,
+            poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
+        )
+
+    def close(self) -> None:
+        super().close()
+        del self._table, self._memory
+        if self._on_device:
+            self.media.reserve_user = ""
+
+
+class CompoundStructPage(StructPageRepresentation):
+    """One head struct for each 2 MiB: fewer descriptors and references, and coarser marks.
+
+    A flush writes back 2 MiB where one page is dirty, and while one page is held none of its 2 MiB
+    can be given back. Bad pages are still single ones: the head says that there are some, the list
+    says which.
+    """
+
+    def _structs_needed(self) -> int:
+        return -(-self._pages // SECTION_PAGES) * SECTION_STRUCTS_KEPT
+
+    def _structs(self, first: int, count: int) -> Sequence[tuple[int, int]]:
+        sections = range(first // SECTION_PAGES, (first + count - 1) // SECTION_PAGES + 1)
+        return [(section * SECTION_STRUCTS_KEPT, 1) for section in sections]
+
+    def _bvecs(self, offset: int, length: int, first: int, count: int) -> Any:
+        """One for each 2 MiB, with an offset inside them."""
+        section_bytes = SECTION_PAGES * PAGE_BYTES
+        vector, end = [], offset + length
+        for struct, _ in self._structs(first, count):
+            stop = min(end, offset - offset % section_bytes + section_bytes)
+            address = self._table.address + struct * STRUCT_BYTES
+            vector.append((address, stop - offset, offset % section_bytes))
+            offset = stop
+        return vector
+
+    def lifetime_unit(self, offset: int, length: int) -> tuple[int, int]:
+        return round_out(offset, length, unit=SECTION_PAGES * PAGE_BYTES)
+
+    def _dirty_in(self, section: int) -> list[tuple[int, int]]:
+        if not self._table.any_flags(section * SECTION_STRUCTS_KEPT, 1, DIRTY):
+            return []
+        section_bytes = SECTION_PAGES * PAGE_BYTES
+        offset = section * section_bytes
+        return [(offset, min(section_bytes, self.media.size - offset))]
+
+    def write_back(self, offset: int, length: int) -> None:
+        """All of each 2 MiB, whatever the range: there is one mark for them."""
+        start, span = round_out(offset, length, unit=SECTION_PAGES * PAGE_BYTES)
+        span = min(span, self.media.size - start)
+        self.media.write_back_pages(*pages.span(start, span))
+        for struct, _ in self._structs(*pages.span(start, span)):
+            self._table.clear_flags(struct, 1, DIRTY)
+            self._dirty_sections[struct // SECTION_STRUCTS_KEPT] = 0
+
+    def _mark_clean(self, first: int, count: int) -> None:
+        """A 2 MiB whose pages are all gone is clean; one that lost only some may not be."""
+        for section in self._sections(first, count):
+            whole = section * SECTION_PAGES, min((section + 1) * SECTION_PAGES, self._pages)
+            if first <= whole[0] and whole[1] <= first + count:
+                self._table.clear_flags(section * SECTION_STRUCTS_KEPT, 1, DIRTY)
+                self._dirty_sections[section] = 0
+
+    def _heal(self, offset: int, length: int) -> None:
+        Representation._heal(self, offset, length)
+        for struct, _ in self._structs(*pages.span(offset, length)):
+            first = struct // SECTION_STRUCTS_KEPT * SECTION_PAGES
+            if self._bad_pages.isdisjoint(range(first, first + SECTION_PAGES)):
+                self._table.clear_flags(struct, 1, HWPOISON)
+
+
+# ---- where the table lies
+
+
+def _dram(media: Media, structs: int, *, eager: bool) -> Any:
+    """Anonymous memory. Raises PmblkError when there is not enough for an eager table."""
+    needed, available = structs * STRUCT_BYTES, available_memory_bytes()
+    if eager and needed > available:
+        raise PmblkError(
+            f"the page table of {format_size(media.size)} takes {format_size(needed)}, and "
+            f"{format_size(available)} of memory are free",
+            hint='choose init = "lazy", compound = "2MiB" or memmap = "device"',
+        )
+    try:
+        return anonymous(structs)
+    except OSError as error:
+        raise PmblkError(
+            f"cannot map {format_size(needed)} for a page table: {error.strerror}",
+            hint='choose compound = "2MiB" or memmap = "device"',
+        ) from error
+
+
+def _reserved(media: Media, structs: int, *, eager: bool) -> Any:
+    """The reserve of the file, zeroed. Raises PmblkError when it is not to be had."""
+    needed = structs * STRUCT_BYTES
+    if not media.reserve_bytes:
+        raise PmblkError(
+            f"{media.path} is open without a reserve for a page table",
+            hint="set reserve = true for the namespace, and restart",
+        )
+    if media.reserve_user:
+        raise PmblkError(
+            "the reserve holds the page table that is in use",
+            hint="switch to another representation first",
+        )
+    if not media.stores_to_view or media.read_only:
+        raise PmblkError(
+            f"{media.path} cannot hold a page table: "
+            + ("it is read-only" if media.read_only else "its file system has no DAX"),
+            hint='choose memmap = "dram"',
+        )
+    try:
+        if media.punches:
+            media.punch(media.size, needed)
+        if eager or not media.punches:
+            media.reserve(media.size, needed)
+        if not media.punches:
+            media.reserve_view[:needed] = bytes(needed)
+    except OSError as error:
+        raise PmblkError(
+            f"cannot clear the reserve of {media.path}: {error.strerror}",
+            hint="make space on its file system",
+        ) from error
+    media.reserve_user = StructPageRepresentation.kind
+    return media.reserve_view[:needed]

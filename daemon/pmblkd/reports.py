@@ -1,0 +1,90 @@
+"""What the daemon says on its control socket: one type an answer, for both ends and for `--json`.
+
+Sizes are bytes, times are seconds. A field that is added is no break; one that changes is.
+"""
+
+from typing import Any
+
+import msgspec
+
+from pmblk.counters import Counters
+from pmblk.representations import RepresentationCounters
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer; JSON objects have its fields as keys."""
+
+
+class RepresentationReport(Report, frozen=True):
+    """Which kind serves a namespace, and with which options (all of them, defaults too)."""
+
+    kind: str
+    options: dict[str, Any]
+
+
+class FuseReport(Report, frozen=True):
+    """The namespace's file. `discards`: whether the engine delivers them."""
+
+    path: str
+    engine: str
+    discards: bool
+
+
+class NamespaceReport(Report, frozen=True):
+    """One namespace, as `pmblk list` shows it. `nbd` are URIs.
+
+    `users` are NBD connections and open files; a `draining` namespace takes no new ones.
+    """
+
+    name: str
+    path: str
+    size: int
+    allocated: int
+    lba_size: int
+    read_only: bool
+    reserve: int
+    representation: RepresentationReport
+    durability: str
+    durability_reason: str
+    punches_holes: bool
+    nbd: list[str]
+    fuse: FuseReport | None
+    users: int
+    draining: bool
+
+
+class StatsReport(Report, frozen=True):
+    """Counters since the namespace was opened, and since its representation took over."""
+
+    name: str
+    representation: RepresentationReport
+    namespace_counters: Counters
+    representation_counters: RepresentationCounters
+
+
+class SwitchReport(Report, frozen=True):
+    """A representation has taken over. Clients waited for `pause_seconds`, and for no more."""
+
+    name: str
+    before: RepresentationReport
+    after: RepresentationReport
+    build_seconds: float
+    pause_seconds: float
+
+
+class Refusal(Report, frozen=True):
+    """A change of the config that was not made, and why; what was served before still is."""
+
+    key: str
+    reason: str
+
+
+class ReloadReport(Report, frozen=True):
+    """What a reload did, by namespace or by key of the config."""
+
+    added: list[str]
+    draining: list[str]
+    switched: list[SwitchReport]
+    resized: list[str]
+    changed: list[str]
+    refused: list[Refusal]
