@@ -247,7 +247,7 @@ BAD: dict[str, Bad] = {
         'representation = "extnt"', "representation", 'did you mean "extent"?'
     ),
     "a representation without a kind": below_one(
-        'representation = { arena = "1MiB" }', "representation", "known are extent, page-cache"
+        'representation = { arena = "1MiB" }', "representation", "known are page-cache, struct-page"
     ),
     "an unknown option": below_one(
         ARENA % 'arna = "1MiB"', "representation.arna", 'did you mean "arena"?'
@@ -255,7 +255,7 @@ BAD: dict[str, Bad] = {
     "an option of another kind": below_one(
         'representation = { kind = "extent", arena = "1MiB" }',
         "representation.arena",
-        "extent has no options",
+        "known are fragments",
     ),
     "an arena that is too small": below_one(ARENA % 'arena = "4KiB"', "representation", "1MiB"),
     "an arena that is a truth": below_one(ARENA % "arena = true", "representation", "got bool"),
