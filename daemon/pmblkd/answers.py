@@ -4,10 +4,12 @@ The commands that change the whole service are `pmblkd.service`'s.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
-from pmblk import Namespace, PmblkError, description, switching
+from pmblk import Namespace, PmblkError, description, saving, switching
+from pmblk.media.member import open_member
 from pmblk.nvme.data_pointer import PrpList, Sgl
 from pmblk.pages import PAGE_BYTES, span
 from pmblk.representations import Representation
@@ -15,13 +17,14 @@ from pmblkd.config import RepresentationError, did_you_mean, parse_representatio
 from pmblkd.control import Handler
 from pmblkd.errors import WorkFailed
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
-from pmblkd.questions import NamespaceQuestion, RangeQuestion, SwitchQuestion
+from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
 from pmblkd.reports import (
     DescriptionReport,
     PoisonReport,
     PrpReport,
     RepresentationReport,
     Run,
+    SaveReport,
     SglReport,
     StatsReport,
     SwitchReport,
@@ -42,6 +45,7 @@ class Answers:
             "switch": Handler(SwitchQuestion, self._switch),
             "describe": Handler(RangeQuestion, self._describe),
             "poison": Handler(RangeQuestion, self._poison),
+            "save": Handler(SaveQuestion, self._save),
         }
 
     async def _stats(self, question: NamespaceQuestion) -> StatsReport:
@@ -80,6 +84,19 @@ class Answers:
         end = min((first + count) * PAGE_BYTES, namespace.size)
         offset = first * PAGE_BYTES
         return PoisonReport(name=namespace.name, offset=offset, length=end - offset)
+
+    async def _save(self, question: SaveQuestion) -> SaveReport:
+        namespace = self._find(question.name)
+        member = open_member(Path(question.target), needed_bytes=namespace.size)
+        try:
+            saved = await saving.save(namespace, member)
+        except PmblkError as error:
+            raise WorkFailed(error.message, hint=error.hint) from error
+        finally:
+            member.close()
+        return SaveReport(
+            name=namespace.name, target=question.target, **msgspec.structs.asdict(saved)
+        )
 
     def _find(self, name: str) -> Namespace:
         namespace = self._namespaces.get(name)

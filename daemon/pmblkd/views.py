@@ -14,6 +14,7 @@ from pmblkd.reports import (
     PrpReport,
     RepresentationReport,
     Run,
+    SaveReport,
     SglReport,
     StatsReport,
     SwitchReport,
@@ -132,6 +133,15 @@ def switched(report: SwitchReport) -> str:
     before, after = representation(report.before), representation(report.after)
     times = f"built in {_time(report.build_seconds)}, paused {_time(report.pause_seconds)}"
     return f"{report.name}: {before} -> {after}, {times}"
+
+
+def saved(report: SaveReport) -> str:
+    rate = report.written_bytes / report.seconds if report.seconds else 0
+    return (
+        f"{report.name}: {format_size(report.written_bytes)} written to {report.target} in "
+        f"{report.seconds:.1f} s ({format_size(int(rate))}/s), {format_size(report.hole_bytes)} of "
+        f"holes, {format_size(report.copied_bytes)} copied on the way"
+    )
 
 
 def poisoned(report: PoisonReport) -> str:

@@ -6,6 +6,7 @@ in docs/representations.md.
 """
 
 import contextlib
+import json
 import mmap
 import os
 import random
@@ -118,3 +119,31 @@ def test_fio_with_its_buffers_in_mapped_memory_verifies(kind: str) -> None:
         last = read_over_nbd(daemon, "device")[-MIB:]
         assert any(last)
         assert read_over_nbd(daemon, "dax").startswith(last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_daemon_writes_to_a_device_straight_from_the_mapping(kind: str) -> None:
+    """`pmblk save` to a loop device of another file: no byte is copied but by page-cache."""
+    content = random.Random(2).randbytes(SIZE)
+    with served(kind) as (daemon, _), loop_device(daemon.directory / "target.img") as target:
+        write_over_nbd(daemon, "device", content)
+        saved = json.loads(program(*daemon.command("save", "device", str(target), "--json")))
+        assert saved["written_bytes"] == SIZE
+        assert (daemon.directory / "target.img").read_bytes() == content
+        assert saved["copied_bytes"] == 0, "frames and mappings go to the device as they are"
+        assert (copied(daemon) > 0) == (kind == "page-cache"), "the writes before were copied"
+
+
+@contextlib.contextmanager
+def loop_device(file: Path) -> Iterator[Path]:
+    file.write_bytes(bytes(SIZE))
+    device = program("losetup", "--find", "--show", "--direct-io=on", str(file)).strip()
+    try:
+        yield Path(device)
+    finally:
+        program("losetup", "--detach", device)
+
+
+def copied(daemon: Daemon) -> int:
+    stats = json.loads(program(*daemon.command("stats", "device", "--json")))
+    return int(stats["representation_counters"]["bytes_copied"])
