@@ -39,13 +39,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 def describe(namespace: Namespace, offset: int, length: int) -> Description:
     """Hold the range as a read would, look at what that yields, and let go.
 
-    Raises PmblkError for a range that cannot be held: outside, poisoned, or too much at once.
+    Raises PmblkError for a range that cannot be held: outside, poisoned, too much at once, or on
+    its way out.
     """
-    if length < 1 or offset < 0 or length > namespace.size - offset:
-        raise PmblkError(
-            f"{namespace.name} has no {length} bytes at {offset}",
-            hint=f"it has {namespace.size} bytes",
-        )
+    namespace.check_accessible(offset, length)
     representation = namespace.representation
     before = representation.counters()
     leases: list[Lease] = []

@@ -42,7 +42,7 @@ from pmblk.nvme.command import (
     Hole,
 )
 from pmblk.nvme.data_pointer import prp_list_pages
-from pmblk.pages import PAGE_SHIFT, span
+from pmblk.pages import PAGE_BYTES, PAGE_SHIFT, span
 from pmblk.ranges import slices
 from pmblk.representations.base import Lease, Representation
 from pmblk.zeroing import INLINE_BYTES, clear_in_slices
@@ -186,16 +186,24 @@ class Namespace:
 
         They get memory first: a hole has none that could fail. Raises PmblkError.
         """
-        if length < 1 or offset < 0 or length > self.size - offset:
-            raise PmblkError(
-                f"{self.name} has no {length} bytes at {offset}", hint=f"it has {self.size} bytes"
-            )
+        self.check_accessible(offset, length)
         try:
             if not self.read_only:
                 self.media.reserve(offset, length)
             self.representation.poison(*span(offset, length))
         except OSError as error:
             raise PmblkError(f"{self.name}: {error.strerror}") from error
+
+    def check_accessible(self, offset: int, length: int) -> None:
+        """Raises PmblkError for a range that is not there, or that a discard is taking away."""
+        if length < 1 or offset < 0 or length > self.size - offset:
+            raise PmblkError(
+                f"{self.name} has no {length} bytes at {offset}", hint=f"it has {self.size} bytes"
+            )
+        if self._dispatcher.fences.overlap(offset, length):
+            raise PmblkError(
+                f"{self.name} is changing the {length} bytes at {offset}", hint="try again"
+            )
 
     # ---- the commands that wait
 
@@ -297,7 +305,9 @@ class Namespace:
         dispatcher = self._dispatcher
         while True:
             await dispatcher.fences.lifted(offset, len(rest))
-            window = rest[: int(min(len(rest), self._io_bytes_max))]
+            window = rest
+            if len(rest) > self._io_bytes_max:  # cut at a page: halves would be filled, or refused
+                window = rest[: (offset + int(self._io_bytes_max) & -PAGE_BYTES) - offset]
             payload = None if reading else window
             piece = Command(command.opcode, 0, offset, len(window), payload=payload)
             status = dispatcher.guard(piece)
@@ -347,9 +357,12 @@ class Namespace:
 
     async def _persist(self) -> None:
         """What the representation holds goes to the media, and then a sync. Raises OSError."""
-        for offset, length in self.representation.dirty_extents():
+        representation = self.representation
+        for offset, length in representation.dirty_extents():
             for piece in slices(offset, length, slice_bytes=INLINE_BYTES):
-                self.representation.write_back(*piece)
+                if self.representation is not representation:
+                    return  # exchanged since, and `quiesced` has persisted all of it
+                representation.write_back(*piece)
                 await trio.lowlevel.checkpoint()
         await self._dispatcher.sync()
 

@@ -8,12 +8,16 @@ are handed over.
 import time
 
 import msgspec
+import numpy as np
 import trio
 
-from pmblk import pages
 from pmblk.errors import PmblkError
 from pmblk.namespace import Namespace
+from pmblk.pages import PAGE_SHIFT
 from pmblk.representations import Representation, make
+from pmblk.representations.dirty_map import page_extents
+
+_SIZE_MAX = (1 << 63) - 1  # off_t
 
 
 class Switched(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,18 +71,18 @@ async def resize(namespace: Namespace, size: int) -> None:
             ) from error
         try:
             new = make(old.kind, media, old.options)
+            _hand_over_poison(old, new)
         except PmblkError:
             media.resize(before)
             raise
-        _hand_over_poison(old, new)
         namespace.install(new)
         old.close()
 
 
 def _check_size(namespace: Namespace, size: int) -> None:
-    if size <= 0 or size % namespace.lba_bytes:
+    if not 0 < size <= _SIZE_MAX or size % namespace.lba_bytes:
         raise PmblkError(
-            f"{namespace.name}: {size} bytes are no whole number of blocks",
+            f"{namespace.name}: {size} bytes are no whole number of blocks that a file can have",
             hint=f"choose a multiple of {namespace.lba_bytes}",
         )
     if namespace.read_only or namespace.media.reserve_bytes:
@@ -94,7 +98,19 @@ async def _flush(namespace: Namespace) -> None:
 
 
 def _hand_over_poison(old: Representation, new: Representation) -> None:
-    page_count = -(-new.media.size // pages.PAGE_BYTES)
-    for page in old.poisoned():
-        if page < page_count:
-            new.poison(page, 1)
+    """By runs, and with memory: a new size may have made a hole of a last page. Raises PmblkError.
+
+    What was reserved and never written is one to lseek, and a hole reads as zeroes without a fault.
+    """
+    media = new.media
+    bad = [page for page in old.poisoned() if page << PAGE_SHIFT < media.size]
+    try:
+        for offset, length in page_extents(np.array(bad, np.int64)):
+            if not media.read_only:
+                media.reserve(offset, min(length, media.size - offset))
+            new.poison(offset >> PAGE_SHIFT, length >> PAGE_SHIFT)
+    except OSError as error:
+        raise PmblkError(
+            f"{new.kind} has no room to remember bad pages: {error.strerror}",
+            hint=f"make space on the file system of {media.path}",
+        ) from error

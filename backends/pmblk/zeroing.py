@@ -5,6 +5,8 @@ there, so a page that a representation holds dirty always has memory under it, a
 the range is looked at.
 """
 
+from collections.abc import Iterator
+
 import trio
 
 from pmblk.media import Media
@@ -37,7 +39,7 @@ async def clear_in_slices(
     The caller keeps everybody else out of the range.
     """
     if allocate:
-        for position, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
+        for position, piece in _page_slices(offset, length):
             _store_zeroes(media, representation, position, piece)
             await trio.lowlevel.checkpoint()
         return
@@ -45,6 +47,14 @@ async def clear_in_slices(
     for position, piece in slices(start, end - start, slice_bytes=SLICE_BYTES):
         representation.forget(position, piece)
         await trio.to_thread.run_sync(media.punch, position, piece)
+
+
+def _page_slices(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """In `INLINE_BYTES`, cut at pages: half of a bad page cannot be zeroed, all of it can."""
+    head = min(length, -offset % PAGE_BYTES)
+    if head:
+        yield offset, head
+    yield from slices(offset + head, length - head, slice_bytes=INLINE_BYTES)
 
 
 def _store_zeroes(media: Media, representation: Representation, offset: int, length: int) -> None:

@@ -11,7 +11,8 @@ from hypothesis import settings
 
 from pmblk import Command, Namespace
 from pmblk.media import Media, create, open_media
-from pmblk.nvme.command import Hole
+from pmblk.media.durability import Durability
+from pmblk.nvme.command import DATASET_MANAGEMENT, READ, WRITE, Hole
 from pmblk.representations import make, needs_reserve, parse_options
 
 MakeNamespace = Callable[..., Namespace]
@@ -61,6 +62,52 @@ def make_namespace(make_media: Callable[..., Media]) -> MakeNamespace:
         return Namespace("ns", media, representation, lba_bytes=512)
 
     return make_one
+
+
+def write(offset: int, payload: bytes, flags: int = 0) -> Command:
+    return Command(WRITE, flags, offset, len(payload), payload=payload)
+
+
+def discard(offset: int, length: int) -> Command:
+    return Command(DATASET_MANAGEMENT, 0, offset, length)
+
+
+def hold(namespace: Namespace, offset: int, length: int) -> Command:
+    """A read whose reply has not left: what it holds is given back by `release`."""
+    command = Command(READ, 0, offset, length)
+    assert not namespace.execute([command])
+    assert command.status == 0
+    return command
+
+
+class RecordedDurability(Durability):
+    """Stands in for persistent memory: what is written back, store by store, is in `ranges`."""
+
+    level = "pmem"
+    follows_stores = True
+    sync_blocks = False
+
+    def __init__(self) -> None:
+        super().__init__("a test")
+        self.ranges: list[tuple[int, int]] = []
+
+    def sync(self) -> None:
+        raise AssertionError("never blocks, so nobody has to sync")
+
+    def stored(self, offset: int, length: int) -> None:
+        self.ranges.append((offset, length))
+
+    def taken(self) -> list[tuple[int, int]]:
+        """The ranges since the last call."""
+        ranges, self.ranges = self.ranges, []
+        return ranges
+
+
+def recorded(media: Media) -> RecordedDurability:
+    """From now on these media are persistent memory; before a representation is made over them."""
+    media.durability = durability = RecordedDurability()
+    media.store, media.store_only = media._choose_store(), media._store
+    return durability
 
 
 def content(command: Command) -> bytes:

@@ -370,3 +370,53 @@ def test_opening_400_gib_is_quick_and_small(directory: Path) -> None:
         assert resident_kib() - before < 1024
     finally:
         media.close()
+
+
+def _resident_bytes() -> int:
+    """Of this process, shared memory too; the page of zeroes that reading maps does not count."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def test_to_forget_what_is_unknown_takes_no_memory(make_media: MakeMedia) -> None:
+    """A discard of 400 GiB would give the map of its pages 100 MiB."""
+    media = make_media(400 << 30)
+    known = media.allocation.known
+    media.allocation.mark(300 << 30, 3 * PAGE)
+    assert syscalls.resident_bytes(known) == PAGE
+    before = _resident_bytes()
+    media.allocation.forget(PAGE, (400 << 30) - PAGE)
+    assert _resident_bytes() - before < 10 << 20
+    assert not media.allocation.covers(300 << 30, PAGE)
+    assert list(media.allocation.unknown(0, 400 << 30)) == [(0, 400 << 30)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 200_000), st.integers(1, 200_000)), max_size=10
+    )
+)
+def test_what_is_marked_is_known_until_it_is_forgotten(
+    history: list[tuple[bool, int, int]],
+) -> None:
+    pages = 200_000
+    allocation = AllocationMap(-1, pages * PAGE)
+    model = bytearray(pages)
+    for mark, first, count in history:
+        count = min(count, pages - first)
+        if not count:
+            continue
+        (allocation.mark if mark else allocation.forget)(first * PAGE, count * PAGE)
+        model[first : first + count] = bytes([mark]) * count
+    assert allocation.known[:pages] == model
+
+
+def test_closed_media_are_unlocked_though_a_view_is_still_out(
+    make_media: MakeMedia, directory: Path
+) -> None:
+    """A mapping keeps a duplicate of the descriptor, and with it the lock."""
+    create(directory / "a", PAGE)
+    media = open_media(directory / "a")
+    view = media.view[:10]
+    media.close()
+    open_media(directory / "a").close()
+    assert bytes(view) == bytes(10)

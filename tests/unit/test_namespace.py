@@ -342,3 +342,16 @@ async def test_a_long_zeroing_that_fails_reports_and_lifts_its_fence(
     await namespace.complete(namespace.execute([zero]))
     assert zero.status == Status.CAPACITY_EXCEEDED
     assert run(namespace, command(WRITE)) == Status.SUCCESS
+
+
+@pytest.mark.parametrize("kind", ["extent", "struct-page", "page-cache"])
+async def test_bad_pages_in_a_long_zeroing_are_zeroed_wherever_it_begins(
+    make_namespace: MakeNamespace, kind: str
+) -> None:
+    """It is done in slices, and a slice must not end inside a page: half of it is refused."""
+    namespace = make_namespace(16 << 20, kind=kind)
+    namespace.poison(4096, 12 << 20)
+    zero = command(WRITE_ZEROES, 512, 14 << 20, ALLOCATE)
+    await namespace.complete(namespace.execute([zero]))
+    assert zero.status == Status.SUCCESS
+    assert namespace.representation.poisoned() == []

@@ -217,3 +217,21 @@ async def test_a_flush_writes_everything_back(make_namespace: MakeNamespace) -> 
     assert flush.status == 0
     assert not cache_of(namespace).dirty()
     assert bytes(namespace.media.view[198 * PAGE : 199 * PAGE]) == b"z" * PAGE
+
+
+def test_a_last_page_that_is_cut_short_is_whole(make_namespace: MakeNamespace) -> None:
+    """It is bad until all there is of it is written, and gone when all there is is discarded.
+
+    A frame that stayed dirty over its hole would be stored to memory that nobody has reserved.
+    """
+    namespace = make_namespace((1 << 20) + 512, kind="page-cache", options=ARENA)
+    cache = cache_of(namespace)
+    namespace.poison(1 << 20, 512)
+    last = write(1 << 20, b"x" * 512)
+    assert not namespace.execute([last])
+    assert (last.status, cache.poisoned()) == (0, [])
+    assert cache.dirty_extents() == [(1 << 20, PAGE)]
+    assert not namespace.execute([Command(DATASET_MANAGEMENT, 0, 1 << 20, 512)])
+    assert not cache.dirty()
+    assert cache.counters().cached_bytes == 0
+    assert not namespace.media.allocation.covers(1 << 20, 512)

@@ -12,10 +12,10 @@ hole, and lseek(2) with SEEK_DATA and SEEK_HOLE tells.
 """
 
 import errno
-import mmap
 import os
 from collections.abc import Iterator
 
+from pmblk.media import syscalls
 from pmblk.pages import PAGE_BYTES, PAGE_SHIFT
 from pmblk.ranges import Extent
 
@@ -30,9 +30,8 @@ class AllocationMap:
         self._fd = fd
         self._size = size
         self._pages = (size + PAGE_BYTES - 1) >> PAGE_SHIFT
-        self.known = mmap.mmap(
-            -1, max(self._pages, 1)
-        )  # 1: memory is there; `Namespace.execute` looks itself
+        # 1: memory is there; `Namespace.execute` looks itself.
+        self.known = syscalls.anonymous(max(self._pages, 1))
 
     def take_over(self, other: "AllocationMap") -> None:
         """Know what the map of the same file at another size knows; its last page may differ."""
@@ -61,11 +60,12 @@ class AllocationMap:
 
     def forget(self, offset: int, length: int) -> None:
         """The pages that the range touches may be holes from now on."""
-        first = offset >> PAGE_SHIFT
+        position = offset >> PAGE_SHIFT
         end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
-        for position in range(first, end, len(_KNOWN_RUN)):
-            run = min(end - position, len(_KNOWN_RUN))
-            self.known[position : position + run] = bytes(run)
+        # Only where something is known: the rest of the map may have no memory, and needs none.
+        while (known := self.known.find(b"\x01", position, end)) >= 0:
+            position = min(end, known + len(_KNOWN_RUN))
+            self.known[known:position] = bytes(position - known)
 
     def unknown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Runs of unknown pages that the range touches, as (offset, length) in whole pages."""

@@ -179,6 +179,7 @@ class Media:
             self._mapping.close()
         except BufferError:
             pass
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a mapping has a duplicate of the descriptor
         os.close(self._fd)
 
 

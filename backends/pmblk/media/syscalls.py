@@ -11,6 +11,7 @@ import struct
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
+_MAP_NORESERVE = 0x4000  # the mmap module has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -85,6 +86,14 @@ def file_system(fd: int) -> str:
     _call(_libc.fstatfs(fd, buffer))
     magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
     return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
+
+
+def anonymous(length: int) -> mmap.mmap:
+    """Zeroed memory that costs nothing until it is written to. Raises OSError.
+
+    Private, since a page of shared memory is allocated by reading it.
+    """
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
 
 
 def resident_bytes(mapping: mmap.mmap) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from pmblk.errors import PmblkError
 from pmblk.media import Media
 from pmblk.representations.base import Lease, Representation, RepresentationCounters
 from pmblk.representations.extent import ExtentRepresentation
@@ -51,7 +52,13 @@ def make(kind: str, media: Media, options: Representation.Options) -> Representa
     It may take seconds (an eager page table of a large device), and touches nothing of another
     representation of the same media, so it can run in a thread while that one serves.
     """
-    return KINDS[kind].over(media, options)
+    try:
+        return KINDS[kind].over(media, options)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise PmblkError(
+            f"there is no memory for {kind} over {media.path}: {error}",
+            hint="make it smaller by its options, or choose another kind",
+        ) from error
 
 
 __all__ = [

@@ -29,7 +29,7 @@ import msgspec
 from pmblk import pages
 from pmblk.media import Media
 from pmblk.pages import PAGE_BYTES
-from pmblk.ranges import whole_units
+from pmblk.ranges import round_out, whole_units
 
 
 class Lease(msgspec.Struct, gc=False, eq=False):
@@ -64,6 +64,7 @@ class RepresentationCounters(msgspec.Struct, kw_only=True):
     iovecs: int = 0  # views that reads were handed out in
     sgl_descriptors: int = 0  # runs that an SGL would name, reads and writes
     pool_waits: int = 0  # refusals for want of descriptors or frames
+    pool_peak_bytes: int = 0  # of descriptors, the most that were out of their pool at once
     cache_hits: int = 0
     cache_misses: int = 0
     cache_write_backs: int = 0
@@ -115,7 +116,7 @@ class Representation(abc.ABC):
 
     def lifetime_unit(self, offset: int, length: int) -> tuple[int, int]:
         """What must be kept free of new holds so that `busy` of the range comes to an end."""
-        return offset, length
+        return round_out(offset, length, unit=PAGE_BYTES)
 
     # ---- writing
 
@@ -172,13 +173,19 @@ class Representation(abc.ABC):
 
     def _heal(self, offset: int, length: int) -> None:
         """The whole pages of the range are good again."""
-        self._bad_pages.difference_update(pages.whole(offset, length, limit=self.media.size))
+        self._bad_pages -= self._bad_in(pages.whole(offset, length, limit=self.media.size))
         self.has_poison = bool(self._bad_pages)
+
+    def _bad_in(self, run: range) -> set[int]:
+        """The bad pages of a run; looks through the shorter of the two, for a run may be long."""
+        if len(self._bad_pages) < len(run):
+            return {page for page in self._bad_pages if page in run}
+        return self._bad_pages.intersection(run)
 
     def _refuse_poisoned(self, offset: int, length: int) -> None:
         """Raises OSError (EIO) when the range touches a bad page."""
         first, count = pages.span(offset, length)
-        if not self._bad_pages.isdisjoint(range(first, first + count)):
+        if self._bad_in(range(first, first + count)):
             raise poison_error(offset, length)
 
     def _refuse_half_poisoned(self, offset: int, length: int) -> None:

@@ -4,12 +4,11 @@ A summary of one byte for each 128 MiB finds the dirty parts of a large device w
 of its bits. The bits are in anonymous memory that costs nothing until it is touched.
 """
 
-import mmap
 from typing import Any
 
 import numpy as np
 
-from pmblk.media.syscalls import resident_bytes
+from pmblk.media.syscalls import anonymous, resident_bytes
 from pmblk.pages import PAGE_BYTES
 
 _CHUNK_BYTES = 4096  # of bits: 128 MiB of the device
@@ -31,7 +30,7 @@ class DirtyMap:
     def __init__(self, pages: int) -> None:
         chunks = -(-pages // _CHUNK_PAGES)
         self.bytes = -(-pages // 8)
-        self._bits = mmap.mmap(-1, max(chunks, 1) * _CHUNK_BYTES)
+        self._bits = anonymous(max(chunks, 1) * _CHUNK_BYTES)
         self._summary = bytearray(chunks)
 
     def __bool__(self) -> bool:
@@ -52,6 +51,18 @@ class DirtyMap:
             self._summary[chunk] = 1
 
     def clear(self, first: int, count: int) -> None:
+        """Only where something is dirty: the other bits may have no memory, and need none."""
+        end = first + count
+        last = (end - 1 >> _CHUNK_SHIFT) + 1
+        chunk = self._summary.find(1, first >> _CHUNK_SHIFT, last)
+        while chunk >= 0:
+            start = max(first, chunk << _CHUNK_SHIFT)
+            self._clear_bits(start, min(end, chunk + 1 << _CHUNK_SHIFT) - start)
+            if not self._in_chunk(chunk).any():
+                self._summary[chunk] = 0
+            chunk = self._summary.find(1, chunk + 1, last)
+
+    def _clear_bits(self, first: int, count: int) -> None:
         bits = self._bits
         end = first + count
         byte, last = first >> 3, (end - 1) >> 3
@@ -61,9 +72,6 @@ class DirtyMap:
             bits[byte] &= 0xFF >> (8 - (first & 7))
             bits[last] &= 0xFF << ((end - 1 & 7) + 1) & 0xFF
             bits[byte + 1 : last] = bytes(last - byte - 1)
-        for chunk in range(first >> _CHUNK_SHIFT, (end - 1 >> _CHUNK_SHIFT) + 1):
-            if self._summary[chunk] and not self._in_chunk(chunk).any():
-                self._summary[chunk] = 0
 
     def extents(self) -> list[tuple[int, int]]:
         """The dirty pages as byte ranges (offset, length), sorted, neighbours joined."""

@@ -107,7 +107,8 @@ class PageCacheRepresentation(Representation):
         references = self._table.half_items
         try:
             for position, piece in pages.pieces(offset, length):
-                frame = self._cached(position // PAGE_BYTES, fill=fill or piece < PAGE_BYTES)
+                fill_it = fill or (piece < PAGE_BYTES and not self._is_whole(position, piece))
+                frame = self._cached(position // PAGE_BYTES, fill=fill_it)
                 if frame is None:
                     self._waits += 1
                     self._drop(frames, offset, length, filled=fill)
@@ -135,8 +136,13 @@ class PageCacheRepresentation(Representation):
         for frame, (position, piece) in zip(frames, pages.pieces(offset, length), strict=False):
             left = self._table.unpin_one(frame)
             page = position // PAGE_BYTES
-            if not filled and piece == PAGE_BYTES and page not in self._dirty and not left:
-                self._forget_page(page)
+            if filled or left or page in self._dirty or not self._is_whole(position, piece):
+                continue
+            self._forget_page(page)
+
+    def _is_whole(self, position: int, piece: int) -> bool:
+        """Whether a piece is all of its page; the end of the media may cut the last one short."""
+        return position % PAGE_BYTES == 0 and piece == min(PAGE_BYTES, self.media.size - position)
 
     def _views(self, offset: int, length: int, frames: list[int]) -> list[memoryview]:
         """The range in the arena; frames that are neighbours there make one view."""
@@ -204,7 +210,7 @@ class PageCacheRepresentation(Representation):
         for page in self._pages_of(self._frame_of, offset, length):
             start = max(offset, page * PAGE_BYTES)
             end = min(offset + length, (page + 1) * PAGE_BYTES)
-            if end - start == PAGE_BYTES:
+            if self._is_whole(start, end - start):
                 self._forget_page(page)
             else:
                 base = self._frame_of[page] * PAGE_BYTES - page * PAGE_BYTES

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from pmblk.media import syscalls
+
 STRUCT_BYTES = 64
 SCALAR_PAGES = 16
 
@@ -34,7 +36,6 @@ DIRTY = 1 << 4
 RESERVED = 1 << 11
 HWPOISON = 1 << 21
 
-_MAP_NORESERVE = 0x4000  # the mmap module has no name for it
 WORDS = STRUCT_BYTES // 8  # a struct's flags are word_items[at * WORDS]
 HALVES = STRUCT_BYTES // 4  # its references are half_items[at * HALVES + REFCOUNT_HALF]
 REFCOUNT_HALF = 52 // 4
@@ -46,8 +47,7 @@ def anonymous(structs: int) -> mmap.mmap:
 
     Zeroes are a struct at rest: nobody's, clean, good. Raises OSError.
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    return mmap.mmap(-1, max(structs, 1) * STRUCT_BYTES, flags=flags)
+    return syscalls.anonymous(max(structs, 1) * STRUCT_BYTES)
 
 
 class PageTable:

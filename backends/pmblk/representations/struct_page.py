@@ -10,7 +10,9 @@ dirty, whether its memory is bad. A lease is one reference on each page. The pri
 dirty and one poison mark for each 2 MiB, in the head struct; of the eight pages that the structs of
 2 MiB fill, two stay, as the kernel leaves when it folds equal tails, so the table is a quarter.
 
-Dirty pages are found again by a coarse index of 2 MiB sections, as the tags of Linux's page tree.
+Dirty pages and held ones are found again by a coarse index of 2 MiB sections, as the tags of
+Linux's page tree: most structs of a large device have no memory, and a look at them must not give
+them any.
 Sources: Documentation/mm/vmemmap_dedup.rst, include/linux/page-flags.h.
 """
 
@@ -49,6 +51,7 @@ class StructPageRepresentation(Representation):
         compound: Literal["none", "2MiB"] = "none"
 
     kind = "struct-page"
+    section_structs = SECTION_PAGES
 
     @classmethod
     def over(cls, media: Media, options: Any) -> "StructPageRepresentation":
@@ -69,7 +72,9 @@ class StructPageRepresentation(Representation):
         self._table = PageTable(self._memory)
         if eager:
             self._table.fill_flags(RESERVED)
-        self._dirty_sections = bytearray(-(-self._pages // SECTION_PAGES))
+        sections = -(-self._pages // SECTION_PAGES)
+        self._dirty_sections = bytearray(sections)
+        self._held_sections = bytearray(sections)  # those that may be held
         self._view = media.view
         self._store = media.store_only
         self._pins = self._unpins = self._peak = 0
@@ -94,12 +99,21 @@ class StructPageRepresentation(Representation):
         """First page, count, and the bio_vecs; the structs have memory after it. Raises OSError."""
         first, count = pages.span(offset, length)
         if self._on_device:
-            for start, structs in self._structs(first, count):
-                place = self.media.size + start * STRUCT_BYTES
-                self.media.reserve(place, structs * STRUCT_BYTES)
+            self._reserve_structs(first, count)
         vector = self._bvecs(offset, length, first, count)
         self._built += len(vector)
         return first, count, vector
+
+    def _reserve_structs(self, first: int, count: int) -> None:
+        """Memory on the device for the structs of these pages. Raises OSError.
+
+        For whole sections, since dirty ones are looked through as a whole; and on tmpfs a load from
+        a hole allocates, or is SIGBUS.
+        """
+        unit = self.section_structs * STRUCT_BYTES
+        for start, structs in self._structs(first, count):
+            place, span = round_out(start * STRUCT_BYTES, structs * STRUCT_BYTES, unit=unit)
+            self.media.reserve(self.media.size + place, min(span, self._table.bytes - place))
 
     # ---- holding: a reference on each page
 
@@ -108,6 +122,7 @@ class StructPageRepresentation(Representation):
             self._refuse_poisoned(offset, length)
         first, count, vector = self._describe(offset, length)
         self._pin(first, count)
+        _mark(self._held_sections, first, count)
         self.leases += 1
         self._holds += 1
         return Lease([self._view[offset : offset + length]], first, count, vector)
@@ -119,8 +134,17 @@ class StructPageRepresentation(Representation):
             self._unpin(lease.first, lease.count)
 
     def busy(self, offset: int, length: int) -> bool:
-        table = self._table
-        return any(table.pinned(*run) for run in self._structs(*pages.span(offset, length)))
+        if not self.leases:
+            return False
+        first, count = pages.span(offset, length)
+        for section in _marked(self._held_sections, first, count):
+            start = max(first, section * SECTION_PAGES)
+            end = min(first + count, (section + 1) * SECTION_PAGES)
+            if any(self._table.pinned(*run) for run in self._structs(start, end - start)):
+                return True
+            if end - start == SECTION_PAGES:
+                self._held_sections[section] = 0
+        return False
 
     def _pin(self, first: int, count: int) -> None:
         for start, structs in self._structs(first, count):
@@ -163,25 +187,14 @@ class StructPageRepresentation(Representation):
     def _mark_dirty(self, first: int, count: int) -> None:
         for start, structs in self._structs(first, count):
             self._table.set_flags(start, structs, DIRTY)
-        section, last = first // SECTION_PAGES, (first + count - 1) // SECTION_PAGES
-        while section <= last:
-            self._dirty_sections[section] = 1
-            section += 1
+        _mark(self._dirty_sections, first, count)
 
     def dirty(self) -> bool:
         return 1 in self._dirty_sections
 
     def dirty_extents(self) -> list[tuple[int, int]]:
-        sections = self._sections(0, self._pages)
+        sections = _marked(self._dirty_sections, 0, self._pages)
         return [extent for section in sections for extent in self._dirty_in(section)]
-
-    def _sections(self, first: int, count: int) -> Iterator[int]:
-        """The sections with dirty pages that a run of pages touches, in order."""
-        end = (first + count - 1) // SECTION_PAGES + 1
-        section = self._dirty_sections.find(1, first // SECTION_PAGES, end)
-        while section >= 0:
-            yield section
-            section = self._dirty_sections.find(1, section + 1, end)
 
     def _dirty_in(self, section: int) -> list[tuple[int, int]]:
         first = section * SECTION_PAGES
@@ -201,7 +214,7 @@ class StructPageRepresentation(Representation):
 
     def _mark_clean(self, first: int, count: int) -> None:
         """Only in dirty sections: the other structs may have no memory, and need none."""
-        for section in self._sections(first, count):
+        for section in _marked(self._dirty_sections, first, count):
             start = max(first, section * SECTION_PAGES)
             end = min(first + count, (section + 1) * SECTION_PAGES)
             self._table.clear_flags(start, end - start, DIRTY)
@@ -211,21 +224,23 @@ class StructPageRepresentation(Representation):
     # ---- poison: a mark in the struct; the list is for those who want all of them
 
     def poison(self, first: int, count: int) -> None:
+        if self._on_device:
+            self._reserve_structs(first, count)
         super().poison(first, count)
         for start, structs in self._structs(first, count):
-            if self._on_device:
-                self.media.reserve(self.media.size + start * STRUCT_BYTES, structs * STRUCT_BYTES)
             self._table.set_flags(start, structs, HWPOISON)
 
     def _heal(self, offset: int, length: int) -> None:
-        super()._heal(offset, length)
-        for page in pages.whole(offset, length, limit=self.media.size):
+        for page in self._bad_in(pages.whole(offset, length, limit=self.media.size)):
             self._table.clear_flags(page, 1, HWPOISON)
+        super()._heal(offset, length)
 
     def _refuse_poisoned(self, offset: int, length: int) -> None:
-        for start, structs in self._structs(*pages.span(offset, length)):
-            if self._table.any_flags(start, structs, HWPOISON):
-                super()._refuse_poisoned(offset, length)
+        first, count = pages.span(offset, length)
+        if self._on_device:
+            self._reserve_structs(first, count)
+        if any(self._table.any_flags(*run, HWPOISON) for run in self._structs(first, count)):
+            super()._refuse_poisoned(offset, length)
 
     # ---- what it cost
 
@@ -262,6 +277,8 @@ class CompoundStructPage(StructPageRepresentation):
     can be given back. Bad pages are still single ones: the head says that there are some, the list
     says which.
     """
+
+    section_structs = SECTION_STRUCTS_KEPT
 
     def _structs_needed(self) -> int:
         return -(-self._pages // SECTION_PAGES) * SECTION_STRUCTS_KEPT
@@ -302,18 +319,39 @@ class CompoundStructPage(StructPageRepresentation):
 
     def _mark_clean(self, first: int, count: int) -> None:
         """A 2 MiB whose pages are all gone is clean; one that lost only some may not be."""
-        for section in self._sections(first, count):
+        for section in _marked(self._dirty_sections, first, count):
             whole = section * SECTION_PAGES, min((section + 1) * SECTION_PAGES, self._pages)
             if first <= whole[0] and whole[1] <= first + count:
                 self._table.clear_flags(section * SECTION_STRUCTS_KEPT, 1, DIRTY)
                 self._dirty_sections[section] = 0
 
     def _heal(self, offset: int, length: int) -> None:
+        healed = self._bad_in(pages.whole(offset, length, limit=self.media.size))
         Representation._heal(self, offset, length)
-        for struct, _ in self._structs(*pages.span(offset, length)):
-            first = struct // SECTION_STRUCTS_KEPT * SECTION_PAGES
-            if self._bad_pages.isdisjoint(range(first, first + SECTION_PAGES)):
-                self._table.clear_flags(struct, 1, HWPOISON)
+        for section in {page // SECTION_PAGES for page in healed}:
+            first = section * SECTION_PAGES
+            if not self._bad_in(range(first, first + SECTION_PAGES)):
+                self._table.clear_flags(section * SECTION_STRUCTS_KEPT, 1, HWPOISON)
+
+
+# ---- a byte for each section: whether to look there
+
+
+def _mark(sections: bytearray, first: int, count: int) -> None:
+    """Those that a run of pages touches."""
+    section, last = first // SECTION_PAGES, (first + count - 1) // SECTION_PAGES
+    while section <= last:
+        sections[section] = 1
+        section += 1
+
+
+def _marked(sections: bytearray, first: int, count: int) -> Iterator[int]:
+    """The marked ones that a run of pages touches, in order."""
+    end = (first + count - 1) // SECTION_PAGES + 1
+    section = sections.find(1, first // SECTION_PAGES, end)
+    while section >= 0:
+        yield section
+        section = sections.find(1, section + 1, end)
 
 
 # ---- where the table lies

@@ -48,7 +48,7 @@ class TransientPageRepresentation(Representation):
         self._struct_of: dict[int, int] = {}  # page under I/O -> its struct
         self._view = media.view
         self._store = media.store
-        self._pins = self._unpins = self._peak = 0
+        self._pins = self._unpins = self._peak = self._structs_peak = 0
         self._holds = self._writes = self._waits = 0
         self.has_windows = media.stores_to_view
 
@@ -73,7 +73,10 @@ class TransientPageRepresentation(Representation):
 
     def busy(self, offset: int, length: int) -> bool:
         first, count = pages.span(offset, length)
-        return not self._struct_of.keys().isdisjoint(range(first, first + count))
+        touched = range(first, first + count)
+        if len(self._struct_of) < count:
+            return any(page in touched for page in self._struct_of)
+        return not self._struct_of.keys().isdisjoint(touched)
 
     def _describe(self, offset: int, length: int) -> Lease | None:
         """A reference on the struct of every page; None, and nothing taken, when too few are left.
@@ -97,7 +100,6 @@ class TransientPageRepresentation(Representation):
                 return None
             structs = found
         self._pins += count
-        self._peak = max(self._peak, len(self._struct_of))
         addresses = self._addresses(structs)
         return Lease([], first, count, (structs, bvecs(offset, length, addresses)))
 
@@ -138,6 +140,9 @@ class TransientPageRepresentation(Representation):
         """Drop a reference on each struct; the last one frees it."""
         structs = lease.descriptors[0]
         pool = self._pool
+        # Between two returns the counts only grow, so here is where their peaks are.
+        self._peak = max(self._peak, self._pins - self._unpins)
+        self._structs_peak = max(self._structs_peak, len(self._struct_of))
         self._unpins += lease.count
         if lease.count > SCALAR_PAGES:
             at = np.array(structs)
@@ -198,10 +203,11 @@ class TransientPageRepresentation(Representation):
             metadata_resident_bytes=resident_bytes(self._memory),
             pins=self._pins,
             unpins=self._unpins,
-            peak_pins=self._peak,
+            peak_pins=max(self._peak, self._pins - self._unpins),
             merges=built - runs,
             iovecs=self._holds,
             sgl_descriptors=runs,
             pool_waits=self._waits,
+            pool_peak_bytes=max(self._structs_peak, len(self._struct_of)) * STRUCT_BYTES,
             poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
         )
