@@ -16,7 +16,7 @@ from typing import Any
 import nbd
 import pytest
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded, run
 

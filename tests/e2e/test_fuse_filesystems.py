@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.e2e import fsync_writer
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
