@@ -10,32 +10,36 @@ daemon's sockets.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pmblk import PmblkError
-from pmblkd import loop
-from pmblkd.fuse import mounts
+from pmblkd import loop, mounts
+from pmblkd.reports import NamespaceReport
 
 Via = Literal["loop", "nbd"]
 
 
-def attach(namespace: Mapping[str, Any], *, via: Via | None) -> Path:
+def attach(namespace: NamespaceReport, *, via: Via | None) -> Path:
     """The block device of the namespace (as the control socket describes it). Idempotent.
 
     `via` None: loop where the namespace has a FUSE file, else nbd.
     """
-    if via == "nbd" or (via is None and namespace["fuse"] is None):
+    if namespace.draining:
+        raise PmblkError(
+            f"{namespace.name} is draining: it takes no new users",
+            hint="it left the config; add it again when it is gone",
+        )
+    if via == "nbd" or (via is None and namespace.fuse is None):
         return _attach_nbd(namespace)
     return _attach_loop(namespace)
 
 
-def detach(namespace: Mapping[str, Any]) -> list[Path]:
+def detach(namespace: NamespaceReport) -> list[Path]:
     """Take every block device of the namespace away; the list of them. Raises PmblkError."""
     loops: list[Path] = []
-    if namespace["fuse"] is not None:
-        file = Path(namespace["fuse"]["path"])
+    if namespace.fuse is not None:
+        file = Path(namespace.fuse.path)
         loops = loop.devices_on(lambda backing: backing == file or _was(backing, file))
     clients = [device for device in _nbd_devices() if _serves(namespace, device)]
     for device in (*loops, *clients):
@@ -52,22 +56,22 @@ def _was(backing: Path, file: Path) -> bool:
     return backing == Path("/") / file.name and not backing.exists()
 
 
-def _attach_loop(namespace: Mapping[str, Any]) -> Path:
-    fuse = namespace["fuse"]
+def _attach_loop(namespace: NamespaceReport) -> Path:
+    fuse = namespace.fuse
     if fuse is None:
         raise PmblkError(
-            f"{namespace['name']} has no FUSE file to attach",
+            f"{namespace.name} has no FUSE file to attach",
             hint="add [fuse] with a mountpoint to the config, or use --via nbd",
         )
-    file = Path(fuse["path"])
+    file = Path(fuse.path)
     with loop.exclusive():
         for device in loop.devices_on(lambda backing: backing == file):
             return device
         return loop.attach(
             file,
-            block_bytes=namespace["lba_size"],
-            read_only=namespace["read_only"],
-            discards=fuse["discards"],
+            block_bytes=namespace.lba_size,
+            read_only=namespace.read_only,
+            discards=fuse.discards,
         )
 
 
@@ -80,10 +84,10 @@ def _refuse_mounted(device: Path) -> None:
 # ---- nbd
 
 
-def _attach_nbd(namespace: Mapping[str, Any]) -> Path:
-    if not namespace["nbd"]:
+def _attach_nbd(namespace: NamespaceReport) -> Path:
+    if not namespace.nbd:
         raise PmblkError(
-            f"{namespace['name']} has no NBD export", hint="add [nbd] with listen to the config"
+            f"{namespace.name} has no NBD export", hint="add [nbd] with listen to the config"
         )
     for device in _nbd_devices():
         if _serves(namespace, device):
@@ -93,27 +97,27 @@ def _attach_nbd(namespace: Mapping[str, Any]) -> Path:
     return device
 
 
-def nbd_client_arguments(namespace: Mapping[str, Any], device: Path) -> list[str]:
+def nbd_client_arguments(namespace: NamespaceReport, device: Path) -> list[str]:
     """nbd-client(8)'s arguments; a unix socket is preferred."""
-    uris = sorted(namespace["nbd"], key=lambda uri: not uri.startswith("nbd+unix"))
+    uris = sorted(namespace.nbd, key=lambda uri: not uri.startswith("nbd+unix"))
     if match := re.fullmatch(r"nbd\+unix:///.*\?socket=(.+)", uris[0]):
         server = ["-unix", match[1]]
     else:
         match = re.fullmatch(r"nbd://\[?(.+?)\]?:(\d+)/.*", uris[0])
         assert match is not None, uris[0]
         server = [match[1], match[2]]
-    size = str(namespace["lba_size"])
-    options = ["-name", namespace["name"], "-block-size", size]
+    size = str(namespace.lba_size)
+    options = ["-name", namespace.name, "-block-size", size]
     # With netlink nbd-client is gone at once, and nobody could say which export the device has.
     options.append("-nonetlink")
-    if namespace["read_only"]:
+    if namespace.read_only:
         options.append("-readonly")
     return [*server, str(device), *options]
 
 
-def _serves(namespace: Mapping[str, Any], device: Path) -> bool:
+def _serves(namespace: NamespaceReport, device: Path) -> bool:
     """Whether the nbd-client behind the device was started by us, for this very export."""
-    if not namespace["nbd"]:
+    if not namespace.nbd:
         return False
     try:
         pid = (Path("/sys/block") / device.name / "pid").read_text().strip()

@@ -3,9 +3,9 @@
 import os
 import shutil
 import sys
-import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cyclopts
 import msgspec
@@ -13,12 +13,13 @@ import trio
 from cyclopts import Parameter
 
 from pmblk import PmblkError
-from pmblk.units import format_size
+from pmblk.units import parse_size
 from pmblkd import (
     __version__,
     control,
     log,
     preflight,
+    views,
 )
 from pmblkd import (
     attach as attaching,
@@ -27,6 +28,14 @@ from pmblkd import (
     config as configuration,
 )
 from pmblkd.errors import WorkFailed, only_ours
+from pmblkd.reports import (
+    DescriptionReport,
+    NamespaceReport,
+    PoisonReport,
+    Report,
+    StatsReport,
+    SwitchReport,
+)
 from pmblkd.service import Service
 
 app = cyclopts.App(
@@ -47,6 +56,9 @@ Overrides = Annotated[
 ]
 Socket = Annotated[Path, Parameter(help="The daemon's control socket.", env_var="PMBLK_SOCKET")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
+Offset = Annotated[str, Parameter(help="Where it begins: bytes, or KiB, MiB, GiB, TiB.")]
+Length = Annotated[str, Parameter(help="How long it is: bytes, or KiB, MiB, GiB, TiB.")]
+CHANGE_SECONDS = 300  # a large page table takes its time
 DEFAULT_SOCKET = Path(configuration.ControlConfig().socket)
 
 
@@ -70,11 +82,76 @@ def check(config: ConfigFile, /, *, overrides: Overrides = None) -> None:
 @app.command(name="list")
 def list_(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """List the namespaces of the running daemon, how durable each is, and why."""
-    namespaces = control.ask(socket, "list")
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(namespaces)).decode())
-    else:
-        _print_list(namespaces)
+    namespaces = control.ask(socket, "list", list[NamespaceReport])
+    _print(namespaces, views.namespaces(namespaces, columns=_columns()), json=json)
+
+
+@app.command
+def stats(name: str, /, *, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+    """Show what a namespace did since it was opened, and what its representation cost."""
+    report = control.ask(socket, "stats", StatsReport, name=name)
+    _print(report, views.stats(report), json=json)
+
+
+@app.command
+def switch(
+    name: str,
+    kind: str,
+    /,
+    *,
+    option: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="key=value for the representation: arena=128MiB."),
+    ] = None,
+    socket: Socket = DEFAULT_SOCKET,
+    json: AsJson = False,
+) -> None:
+    """Describe the memory of a namespace another way from now on; clients see a pause, no error.
+
+    The config file is not changed: `pmblk reload` and a restart bring its representation back.
+    """
+    report = control.ask(
+        socket,
+        "switch",
+        SwitchReport,
+        seconds=CHANGE_SECONDS,
+        name=name,
+        kind=kind,
+        options=_options(option or ()),
+    )
+    _print(report, views.switched(report), json=json)
+
+
+@app.command
+def describe(
+    name: str,
+    /,
+    *,
+    offset: Offset = "0",
+    length: Length = "4KiB",
+    socket: Socket = DEFAULT_SOCKET,
+    json: AsJson = False,
+) -> None:
+    """Show how an I/O would be described: memory, PRP entries, SGL descriptors, as bytes."""
+    where = {"offset": _size("--offset", offset), "length": _size("--length", length)}
+    report = control.ask(socket, "describe", DescriptionReport, name=name, **where)
+    _print(report, views.description(report), json=json)
+
+
+@app.command
+def poison(
+    name: str,
+    /,
+    *,
+    offset: Offset,
+    length: Length = "4KiB",
+    socket: Socket = DEFAULT_SOCKET,
+    json: AsJson = False,
+) -> None:
+    """Make memory of a namespace fail, as media errors do: EIO until whole pages are written."""
+    where = {"offset": _size("--offset", offset), "length": _size("--length", length)}
+    report = control.ask(socket, "poison", PoisonReport, name=name, **where)
+    _print(report, views.poisoned(report), json=json)
 
 
 @app.command
@@ -118,36 +195,41 @@ def completion(shell: Annotated[str, Parameter(help="bash, zsh or fish.")], /) -
     print(app.generate_completion(shell=shell))  # type: ignore[arg-type]
 
 
-def _find(name: str, socket: Path) -> dict[str, Any]:
-    namespaces = control.ask(socket, "list")
+def _find(name: str, socket: Path) -> NamespaceReport:
+    namespaces = control.ask(socket, "list", list[NamespaceReport])
     for namespace in namespaces:
-        if namespace["name"] == name:
-            return dict(namespace)
-    names = [namespace["name"] for namespace in namespaces]
+        if namespace.name == name:
+            return namespace
+    names = [namespace.name for namespace in namespaces]
     raise PmblkError(f"no namespace {name}", hint=configuration.did_you_mean(name, names))
 
 
-def _print_list(namespaces: list[dict[str, Any]]) -> None:
-    """For people: a paragraph a namespace, as wide as the terminal, with no word cut."""
-    columns = shutil.get_terminal_size().columns
-    for namespace in namespaces:
-        facts = [
-            format_size(namespace["size"]),
-            f"{format_size(namespace['allocated'])} used",
-            f"LBA {namespace['lba_size']}",
-            namespace["representation"],
-            *(["read-only"] if namespace["read_only"] else []),
-        ]
-        print(namespace["name"])
-        lines = [", ".join(facts), f"{namespace['durability']}: {namespace['durability_reason']}"]
-        lines += namespace["nbd"]
-        if namespace["fuse"]:
-            lines += [namespace["fuse"]["path"], f"(FUSE engine: {namespace['fuse']['engine']})"]
-        for line in lines:
-            wrapped = textwrap.wrap(
-                line, columns - 4, break_long_words=False, break_on_hyphens=False
-            )
-            print(textwrap.indent("\n".join(wrapped), "    "))
+def _options(pairs: Sequence[str]) -> dict[str, str]:
+    """`key=value`, each; the value stays text."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise PmblkError(f"--option {pair}: no value", hint="write --option key=value")
+        options[key] = value
+    return options
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise PmblkError(f"{option}: {error}") from None
+
+
+def _print(report: Report | Sequence[Report], view: str, *, json: bool) -> None:
+    if json:
+        view = msgspec.json.format(msgspec.json.encode(report)).decode()
+    print(view)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def main() -> None:

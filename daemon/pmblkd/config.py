@@ -7,9 +7,9 @@ a hint. Whether the world is as the config says (directories, sockets, mounts) i
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -29,6 +29,14 @@ class ConfigError(PmblkError):
 
     def __init__(self, file: Path | str, key: str, message: str, *, hint: str = "") -> None:
         super().__init__(f"{file}: {key}: {message}" if key else f"{file}: {message}", hint=hint)
+
+
+class RepresentationError(PmblkError):
+    """A representation that cannot be; `option` is the one that is wrong, empty for the kind."""
+
+    def __init__(self, option: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -297,24 +305,53 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
 
 
 def _check_representation(file: Path, place: str, namespace: NamespaceConfig) -> None:
-    kind = namespace.representation_kind
-    if kind not in KINDS:
-        raise ConfigError(
-            file, place, f'"{kind}" is no representation', hint=did_you_mean(kind, list(KINDS))
-        )
     try:
         representation_options(namespace)
-    except msgspec.ValidationError as error:
-        if match := _UNKNOWN.fullmatch(str(error)):
-            known = KINDS[kind].Options.__struct_fields__
-            hint = did_you_mean(match[1], known) or f"{kind} has no options"
-            raise ConfigError(file, f"{place}.{match[1]}", "unknown key", hint=hint) from None
-        raise ConfigError(file, place, str(error).replace("`", "")) from None
+    except RepresentationError as error:
+        key = f"{place}.{error.option}" if error.option else place
+        raise ConfigError(file, key, error.message, hint=error.hint) from None
 
 
 def representation_options(namespace: NamespaceConfig) -> Representation.Options:
-    """The options of the namespace's representation. Raises msgspec.ValidationError."""
-    return parse_options(namespace.representation_kind, namespace.representation_options)
+    """The options of the namespace's representation. Raises RepresentationError."""
+    return parse_representation(namespace.representation_kind, namespace.representation_options)
+
+
+def parse_representation(
+    kind: str, options: Mapping[str, Any], *, strict: bool = True
+) -> Representation.Options:
+    """The options as that kind's type; `strict` false takes numbers as text too.
+
+    Raises RepresentationError with what the word was meant to be.
+    """
+    if kind not in KINDS:
+        hint = did_you_mean(kind, list(KINDS))
+        raise RepresentationError("", f'"{kind}" is no representation', hint=hint)
+    try:
+        return parse_options(kind, options, strict=strict)
+    except msgspec.ValidationError as error:
+        raise _explain_options(kind, options, str(error)) from None
+
+
+def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> RepresentationError:
+    if match := _UNKNOWN.fullmatch(text):
+        known = KINDS[kind].Options.__struct_fields__
+        hint = did_you_mean(match[1], known) or f"{kind} has no options"
+        return RepresentationError(match[1], "unknown key", hint=hint)
+    if match := _WRONG.fullmatch(text):
+        option = match[2].lstrip(".")
+        return RepresentationError(
+            option, match[1].replace("`", ""), hint=_choices(kind, option, options.get(option))
+        )
+    return RepresentationError("", text.replace("`", ""))
+
+
+def _choices(kind: str, option: str, found: object) -> str:
+    """What the option may be, where that is one of a few words; else what was found."""
+    choices = get_args(get_type_hints(KINDS[kind].Options).get(option))
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "choose " + " or ".join(f'"{choice}"' for choice in choices)
+    return f"found {found!r}"
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:

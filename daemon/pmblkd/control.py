@@ -1,21 +1,25 @@
 """The control socket: one JSON object a line, `{"command": "list"}` and its answer.
 
 Both ends live here: `ControlServer` in the daemon, `ask` for the command line. An answer is
-`{"ok": true, "result": ...}` or `{"ok": false, "error": "..."}`. Whoever may connect may ask; the
-socket is made for its owner only.
+`{"ok": true, "result": ...}` or `{"ok": false, "error": "...", "failed": ...}`, where `failed`
+says that the question was good and the work did not succeed. What the arguments and the results
+are is `pmblkd.questions` and `pmblkd.reports`. Whoever may connect may ask; the socket is made for
+its owner only.
 """
 
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import structlog
 import trio
 
 from pmblk import PmblkError
+from pmblkd.errors import WorkFailed
 from pmblkd.listen import UnixAddress, bind
+from pmblkd.questions import Question
 
 LINE_BYTES_MAX = 64 << 10
 ANSWER_SECONDS = 10
@@ -23,7 +27,14 @@ CLIENTS_MAX = 16  # more are closed at once: nobody needs them
 
 _log = structlog.get_logger(__name__)
 
-Handler = Callable[[Mapping[str, Any]], Awaitable[Any]]
+Answer = TypeVar("Answer")
+
+
+class Handler(NamedTuple):
+    """`answer` gets a `takes`, and returns what JSON can say: a `Report`, or a list of them."""
+
+    takes: type[Question]
+    answer: Callable[[Any], Awaitable[object]]
 
 
 class ControlServer:
@@ -77,45 +88,93 @@ class ControlServer:
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
-            request = msgspec.json.decode(line, type=dict[str, Any])
+            arguments = msgspec.json.decode(line, type=dict[str, Any])
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            return {"ok": False, "error": f"not a JSON object: {error}"}
-        handler = self._handlers.get(str(request.get("command")))
+            return _refusal(f"not a JSON object: {error}")
+        command = str(arguments.pop("command", None))
+        handler = self._handlers.get(command)
         if handler is None:
-            known = ", ".join(self._handlers)
-            return {"ok": False, "error": f"no such command; known are {known}"}
+            return _refusal(f"no such command; known are {', '.join(self._handlers)}")
         try:
-            return {"ok": True, "result": await handler(request)}
+            question = msgspec.convert(arguments, handler.takes)
+        except msgspec.ValidationError as error:
+            return _refusal(f"{command}: {str(error).replace('`', '')}")
+        try:
+            return {"ok": True, "result": await handler.answer(question)}
         except PmblkError as error:
-            return {"ok": False, "error": str(error)}
+            return _refusal(str(error), failed=isinstance(error, WorkFailed))
         except Exception:
             # A defect of ours in a question must not take the devices away.
-            _log.exception("control request failed", command=request.get("command"))
-            return {"ok": False, "error": "the daemon failed; its log says how"}
+            _log.exception("control request failed", command=command)
+            return _refusal("the daemon failed; its log says how", failed=True)
 
 
-def ask(path: Path, command: str, **arguments: Any) -> Any:
-    """Ask the daemon behind `path` and wait for the answer. Raises PmblkError."""
+def _refusal(error: str, *, failed: bool = False) -> dict[str, Any]:
+    return {"ok": False, "error": error, "failed": failed}
+
+
+# ---- the asking end
+
+
+class _Reply(msgspec.Struct):
+    ok: bool
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    error: str = ""
+    failed: bool = False
+
+
+def ask(
+    path: Path,
+    command: str,
+    answer_type: type[Answer],
+    *,
+    seconds: float = ANSWER_SECONDS,
+    **arguments: Any,
+) -> Answer:
+    """Ask the daemon behind `path` and wait up to `seconds` for its answer.
+
+    Raises PmblkError when it cannot be asked or refuses, WorkFailed when it tried in vain.
+    """
+    line = _exchange(path, {"command": command, **arguments}, seconds)
+    if not line:
+        raise PmblkError(f"the daemon at {path} hung up", hint="look into its log")
+    try:
+        reply = msgspec.json.decode(line, type=_Reply)
+        if reply.ok:
+            return msgspec.json.decode(reply.result, type=answer_type)
+    except msgspec.MsgspecError as error:
+        raise PmblkError(
+            f"the daemon at {path} answers in other words: {error}",
+            hint="is it of another version than this command?",
+        ) from error
+    raise (WorkFailed if reply.failed else PmblkError)(reply.error)
+
+
+def _exchange(path: Path, request: dict[str, Any], seconds: float) -> bytes:
+    """Send one line, receive one; empty when the other end hangs up."""
+    connected = False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ANSWER_SECONDS)
+        sock.settimeout(seconds)
         try:
             sock.connect(str(path))
-            sock.sendall(msgspec.json.encode({"command": command, **arguments}) + b"\n")
+            connected = True
+            sock.sendall(msgspec.json.encode(request) + b"\n")
             with sock.makefile("rb") as stream:
-                line = stream.readline()
+                return stream.readline()
         except PermissionError as error:
             raise PmblkError(
                 f"{path} is not for this user: {error.strerror}",
                 hint="be the user that runs the daemon, or root",
             ) from error
+        except TimeoutError as error:
+            raise WorkFailed(
+                f"the daemon at {path} did not answer in {seconds:g} s",
+                hint="it may still do what was asked; see its log",
+            ) from error
         except OSError as error:
+            if connected:
+                return b""
             raise PmblkError(
                 f"no daemon answers at {path}: {error.strerror or error}",
                 hint="start it (pmblk serve CONFIG), or name its socket with --socket",
             ) from error
-    if not line:
-        raise PmblkError(f"the daemon at {path} hung up", hint="look into its log")
-    answer = msgspec.json.decode(line)
-    if not answer["ok"]:
-        raise PmblkError(answer["error"])
-    return answer["result"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
+from pmblkd import mounts
 from pmblkd.config import RUNTIME_DIRECTORY, Config, ConfigError, NamespaceConfig
-from pmblkd.fuse import mounts
 from pmblkd.listen import UnixAddress, check_free
 
 

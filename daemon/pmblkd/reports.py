@@ -72,6 +72,61 @@ class SwitchReport(Report, frozen=True):
     pause_seconds: float
 
 
+class Run(Report, frozen=True):
+    """Contiguous memory; the address is one of the daemon's address space."""
+
+    address: int
+    length: int
+
+
+class PrpReport(Report, frozen=True):
+    """The data pointer of an I/O as PRP entries; the list's pages as hex, as a controller reads."""
+
+    prp1: int
+    prp2: int
+    entries: int
+    data_pointer: str
+    pages: list[str]
+
+
+class SglReport(Report, frozen=True):
+    """The data pointer of an I/O as SGL descriptors; `segment` and `data_pointer` are hex."""
+
+    descriptors: list[Run]
+    data_pointer: str
+    segment: str
+
+
+class DescriptionReport(Report, frozen=True):
+    """How the representation describes the memory under one I/O (`pmblk.description`).
+
+    `list_address` is the made-up one of the PRP list or the SGL segment. `prps` is None where PRPs
+    cannot express it, and then `prp_refusal` says why.
+    """
+
+    name: str
+    representation: RepresentationReport
+    offset: int
+    length: int
+    hole_bytes: int
+    descriptors: int
+    descriptor_bytes: int
+    runs: list[Run]
+    list_address: int
+    prps: PrpReport | None
+    prp_refusal: str
+    sgl: SglReport | None
+    linux_uses_sgl: bool
+
+
+class PoisonReport(Report, frozen=True):
+    """The whole pages that are bad now because of this command."""
+
+    name: str
+    offset: int
+    length: int
+
+
 class Refusal(Report, frozen=True):
     """A change of the config that was not made, and why; what was served before still is."""
 

@@ -11,27 +11,27 @@ the front ends. When a front end fails, everything stops and the error surfaces.
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import structlog
 import trio
 
 from pmblk import Namespace
 from pmblk.media import create, open_media
 from pmblk.representations import make
-from pmblkd import loop, preflight, systemd
+from pmblkd import loop, mounts, preflight, systemd
+from pmblkd.answers import Answers, represented
 from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
 from pmblkd.config import representation_options as configured_options
-from pmblkd.control import ControlServer
+from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
-from pmblkd.fuse import mounts
 from pmblkd.fuse.files import Files
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.server import NbdServer
+from pmblkd.questions import Question
+from pmblkd.reports import FuseReport, NamespaceReport
 from pmblkd.spin import Spinner
 
 FLUSH_SECONDS = 60
@@ -83,7 +83,9 @@ class Service:
         with contextlib.ExitStack() as undo:
             if config.needs_runtime_directory:
                 self._make_runtime_directory(undo)
-            control = ControlServer(Path(config.control.socket), {"list": self._list})
+            answers = Answers(self._namespaces).handlers()
+            handlers = {"list": Handler(Question, self._list), **answers}
+            control = ControlServer(Path(config.control.socket), handlers)
             control.bind()
             undo.callback(control.close)
             with contextlib.ExitStack() as undo_on_failure:
@@ -214,36 +216,31 @@ class Service:
 
     # ---- control
 
-    async def _list(self, _request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [self._describe(namespace) for namespace in self._namespaces.values()]
+    async def _list(self, _question: Question) -> list[NamespaceReport]:
+        return [self._report(namespace) for namespace in self._namespaces.values()]
 
-    def _describe(self, namespace: Namespace) -> dict[str, Any]:
-        config = self._config
-        media = namespace.media
-        described: dict[str, Any] = {
-            "name": namespace.name,
-            "path": str(media.path),
-            "size": namespace.size,
-            "allocated": media.allocated_bytes(),
-            "lba_size": namespace.lba_bytes,
-            "read_only": namespace.read_only,
-            "representation": namespace.representation.kind,
-            "durability": media.durability.level,
-            "durability_reason": media.durability.reason,
-            "punches_holes": media.punches,
-            "counters": msgspec.structs.asdict(namespace.counters),
-            "nbd": [],
-            "fuse": None,
-        }
-        if config.nbd is not None:
-            described["nbd"] = [_uri(address, namespace.name) for address in config.nbd.addresses]
-        if config.fuse is not None and self._fuse is not None:
-            described["fuse"] = {
-                "path": str(Path(config.fuse.mountpoint) / namespace.name),
-                "engine": self._fuse.name,
-                "discards": self._fuse.discards,
-            }
-        return described
+    def _report(self, namespace: Namespace) -> NamespaceReport:
+        media, nbd, fuse = namespace.media, self._config.nbd, None
+        if self._config.fuse is not None and self._fuse is not None:
+            path = Path(self._config.fuse.mountpoint) / namespace.name
+            fuse = FuseReport(path=str(path), engine=self._fuse.name, discards=self._fuse.discards)
+        return NamespaceReport(
+            name=namespace.name,
+            path=str(media.path),
+            size=namespace.size,
+            allocated=media.allocated_bytes(),
+            lba_size=namespace.lba_bytes,
+            read_only=namespace.read_only,
+            reserve=media.reserve_bytes,
+            representation=represented(namespace.representation),
+            durability=media.durability.level,
+            durability_reason=media.durability.reason,
+            punches_holes=media.punches,
+            nbd=[_uri(address, namespace.name) for address in nbd.addresses] if nbd else [],
+            fuse=fuse,
+            users=0,
+            draining=False,
+        )
 
 
 def _uri(address: Address, name: str) -> str:

@@ -247,7 +247,7 @@ BAD: dict[str, Bad] = {
         'representation = "extnt"', "representation", 'did you mean "extent"?'
     ),
     "a representation without a kind": below_one(
-        'representation = { arena = "1MiB" }', "representation", "known are extent, page-cache"
+        'representation = { arena = "1MiB" }', "representation", "known are page-cache, struct-page"
     ),
     "an unknown option": below_one(
         ARENA % 'arna = "1MiB"', "representation.arna", 'did you mean "arena"?'

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pmblkd.fuse import mounts
+from pmblkd import mounts
 from tests.e2e.test_fuse_files import opened, refused
 from tests.harness.daemon import PMBLK, Daemon, running, scratch
 from tests.harness.file_systems import guarded, run

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pmblkd.fuse import mounts
+from pmblkd import mounts
 from tests.e2e.conftest import assert_no_complaints, program
 from tests.harness.daemon import Daemon, running, scratch
 

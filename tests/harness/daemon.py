@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmblkd import control
-from pmblkd.fuse import mounts
+import msgspec
+
+from pmblkd import control, mounts
+from pmblkd.reports import NamespaceReport
 
 PMBLK = str(Path(sys.executable).with_name("pmblk"))
 START_SECONDS = 15
@@ -102,7 +104,8 @@ class Daemon:
         return self._process is not None and self._process.poll() is None
 
     def list(self) -> list[dict[str, Any]]:
-        return list(control.ask(self.socket, "list"))
+        reports = control.ask(self.socket, "list", list[NamespaceReport])
+        return [dict(msgspec.to_builtins(report)) for report in reports]
 
     def uri(self, name: str = "", *, socket_name: str = "nbd.sock") -> str:
         return f"nbd+unix:///{name}?socket={self.directory / socket_name}"

@@ -1,1 +1,1 @@
-"""FUSE: what file operations mean here, the libraries that deliver them, and mounts."""
+"""FUSE: what file operations mean here, and the library that delivers them."""

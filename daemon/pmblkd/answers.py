@@ -1,0 +1,146 @@
+"""What the control socket answers about namespaces, and does to them.
+
+The commands that change the whole service are `pmblkd.service`'s.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from pmblk import Namespace, PmblkError, description, switching
+from pmblk.nvme.data_pointer import PrpList, Sgl
+from pmblk.pages import PAGE_BYTES, span
+from pmblk.representations import Representation
+from pmblkd.config import RepresentationError, did_you_mean, parse_representation
+from pmblkd.control import Handler
+from pmblkd.errors import WorkFailed
+from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
+from pmblkd.questions import NamespaceQuestion, RangeQuestion, SwitchQuestion
+from pmblkd.reports import (
+    DescriptionReport,
+    PoisonReport,
+    PrpReport,
+    RepresentationReport,
+    Run,
+    SglReport,
+    StatsReport,
+    SwitchReport,
+)
+
+DESCRIBE_BYTES_MAX = PAYLOAD_BYTES_MAX  # the longest I/O that a client can ask for
+
+
+class Answers:
+    """`namespaces` by name, as they are when a question comes."""
+
+    def __init__(self, namespaces: Mapping[str, Namespace]) -> None:
+        self._namespaces = namespaces
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "stats": Handler(NamespaceQuestion, self._stats),
+            "switch": Handler(SwitchQuestion, self._switch),
+            "describe": Handler(RangeQuestion, self._describe),
+            "poison": Handler(RangeQuestion, self._poison),
+        }
+
+    async def _stats(self, question: NamespaceQuestion) -> StatsReport:
+        namespace = self._find(question.name)
+        return StatsReport(
+            name=namespace.name,
+            representation=represented(namespace.representation),
+            namespace_counters=namespace.counters,
+            representation_counters=namespace.representation.counters(),
+        )
+
+    async def _switch(self, question: SwitchQuestion) -> SwitchReport:
+        namespace = self._find(question.name)
+        try:
+            options = parse_representation(question.kind, question.options, strict=False)
+        except RepresentationError as error:
+            place = f"{question.kind}.{error.option}: " if error.option else ""
+            raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
+        return await switch(namespace, question.kind, options)
+
+    async def _describe(self, question: RangeQuestion) -> DescriptionReport:
+        namespace = self._find(question.name)
+        if question.length > DESCRIBE_BYTES_MAX:
+            raise PmblkError(
+                f"{question.length} bytes are more than one I/O",
+                hint=f"at most {DESCRIBE_BYTES_MAX >> 20}MiB",
+            )
+        return described(
+            namespace, description.describe(namespace, question.offset, question.length)
+        )
+
+    async def _poison(self, question: RangeQuestion) -> PoisonReport:
+        namespace = self._find(question.name)
+        namespace.poison(question.offset, question.length)
+        first, count = span(question.offset, question.length)
+        end = min((first + count) * PAGE_BYTES, namespace.size)
+        offset = first * PAGE_BYTES
+        return PoisonReport(name=namespace.name, offset=offset, length=end - offset)
+
+    def _find(self, name: str) -> Namespace:
+        namespace = self._namespaces.get(name)
+        if namespace is None:
+            hint = did_you_mean(name, list(self._namespaces))
+            raise PmblkError(f"no namespace {name}", hint=hint)
+        return namespace
+
+
+async def switch(namespace: Namespace, kind: str, options: Representation.Options) -> SwitchReport:
+    """Raises WorkFailed, and then the old representation serves on."""
+    before = represented(namespace.representation)
+    try:
+        switched = await switching.switch(namespace, kind, options)
+    except PmblkError as error:
+        raise WorkFailed(error.message, hint=error.hint) from error
+    return SwitchReport(
+        name=namespace.name,
+        before=before,
+        after=represented(namespace.representation),
+        build_seconds=switched.build_seconds,
+        pause_seconds=switched.pause_seconds,
+    )
+
+
+def represented(representation: Representation) -> RepresentationReport:
+    options = msgspec.to_builtins(representation.options)
+    return RepresentationReport(kind=representation.kind, options=options)
+
+
+def described(namespace: Namespace, found: description.Description) -> DescriptionReport:
+    return DescriptionReport(
+        name=namespace.name,
+        representation=represented(namespace.representation),
+        offset=found.offset,
+        length=found.length,
+        hole_bytes=found.hole_bytes,
+        descriptors=found.descriptors,
+        descriptor_bytes=found.descriptor_bytes,
+        runs=[Run(address=run.address, length=run.length) for run in found.runs],
+        list_address=description.LIST_ADDRESS,
+        prps=None if found.prps is None else _prps(found.prps),
+        prp_refusal=found.prp_refusal,
+        sgl=None if found.sgl is None else _sgl(found.sgl),
+        linux_uses_sgl=found.linux_uses_sgl,
+    )
+
+
+def _prps(prps: PrpList) -> PrpReport:
+    return PrpReport(
+        prp1=prps.prp1,
+        prp2=prps.prp2,
+        entries=prps.entries,
+        data_pointer=prps.data_pointer.hex(),
+        pages=[page.hex() for page in prps.pages],
+    )
+
+
+def _sgl(sgl: Sgl) -> SglReport:
+    return SglReport(
+        descriptors=[Run(address=run.address, length=run.length) for run in sgl.descriptors],
+        data_pointer=sgl.data_pointer.hex(),
+        segment=sgl.segment.hex(),
+    )
