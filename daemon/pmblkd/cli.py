@@ -188,6 +188,43 @@ def detach(
 
 
 @app.command
+def compare(
+    config: ConfigFile,
+    /,
+    *,
+    namespace: Annotated[str | None, Parameter(help="Whose size and place; the first.")] = None,
+    size: Annotated[str | None, Parameter(help="At most that much; 1GiB.")] = None,
+    seconds: Annotated[float, Parameter(help="Of each run of fio.")] = 1.0,
+    rounds: Annotated[int, Parameter(help="How often each run is made.")] = 3,
+    rows: Annotated[str, Parameter(help="Only loads whose name has this pattern: nbd-4k.")] = "",
+    only: Annotated[
+        list[str] | None, Parameter(negative="", help="Only this representation; repeatable.")
+    ] = None,
+    variants: Annotated[
+        bool, Parameter(negative="", help="With options that change what a representation costs.")
+    ] = False,
+    output: Annotated[Path, Parameter(help="The directory for the report.")] = Path(
+        "pmblk-compare"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Measure every representation here, on a scratch file beside a namespace's; write a report."""
+    from pmblkd.compare import command  # only now: the other commands need none of it
+
+    wishes = command.Wishes(
+        namespace=namespace,
+        size=size,
+        seconds=seconds,
+        rounds=rounds,
+        rows=rows,
+        only=only or (),
+        variants=variants,
+        output=output,
+    )
+    sys.exit(command.compare(configuration.load(config, overrides or ()), wishes))
+
+
+@app.command
 def completion(shell: Annotated[str, Parameter(help="bash, zsh or fish.")], /) -> None:
     """Print the completion script for a shell: `pmblk completion bash > FILE`."""
     if shell not in ("bash", "zsh", "fish"):

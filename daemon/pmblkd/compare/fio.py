@@ -5,22 +5,20 @@ standard output precede the JSON. The benchmarks and the demo use it too.
 """
 
 import json
-import os
-import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pmblkd.compare.children import output_of
 
 PERCENTILES = "50:99:99.9"
 ALWAYS = (
     *("--name=job", "--thread", "--output-format=json"),
     *("--lat_percentiles=1", f"--percentile_list={PERCENTILES}"),
 )
-CHECK_SECONDS = 0.1
 
 
 class FioError(Exception):
@@ -69,29 +67,10 @@ def run(
             start_new_session=True,
         )
         try:
-            said = _await(process, time.monotonic() + seconds, check)
+            said = output_of(process, seconds=seconds, check=check)
         except subprocess.TimeoutExpired:
             raise FioError(f"fio did not end in {seconds:g} s") from None
-        finally:
-            _end(process)
         return _result(process.returncode, said.decode(errors="replace"), output)
-
-
-def _await(process: "subprocess.Popen[bytes]", deadline: float, check: Callable[[], None]) -> bytes:
-    """What it said, to the end. Raises subprocess.TimeoutExpired, and whatever `check` raises."""
-    while True:
-        try:
-            return process.communicate(timeout=CHECK_SECONDS)[0]
-        except subprocess.TimeoutExpired:
-            check()
-            if time.monotonic() > deadline:
-                raise
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _result(status: int, said: str, output: Path) -> Result:

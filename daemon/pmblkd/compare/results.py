@@ -20,7 +20,11 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setup(Table, frozen=True):
-    """What was compared, where and how. `loop_refusal`: why there are no rows of a loop device."""
+    """What was compared, where and how.
+
+    `loop_refusal`: why there are no rows of a loop device. `left_out`: contenders that could not
+    be had here, and why.
+    """
 
     command: str
     date: str
@@ -36,6 +40,7 @@ class Setup(Table, frozen=True):
     seconds: float
     rounds: int
     loop_refusal: str = ""
+    left_out: list[str] = []
 
 
 class Sample(Table, frozen=True):

@@ -79,6 +79,7 @@ def how_to_read(results: Results) -> list[str]:
     ]
     if setup.loop_refusal:
         lines.append(f"There are no loads of a loop device: {setup.loop_refusal}.")
+    lines += [f"Left out: {reason}." for reason in setup.left_out]
     return lines
 
 
