@@ -5,6 +5,7 @@ it is, so that no chart needs its colours to be told apart. Bars start at 0; whe
 logarithmic there are dots.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,12 +130,18 @@ class _LogAxis:
 
     @classmethod
     def over(cls, least: Sequence[float], flat: Sequence[Spread], *, left: float) -> "_LogAxis":
-        ticks = svg.decades(min(least), max(0.01, *(found.most for found in flat)))
+        ticks = svg.log_ticks(min(least), max(0.01, *(found.most for found in flat)))
         return cls(ticks, left, DOTS_WIDTH - VALUE_WIDTH - 8)
 
     def at(self, value: float) -> float:
         place = svg.log_place(max(value, self.ticks[0]), least=self.ticks[0], most=self.ticks[-1])
         return self.left + place * (self.right - self.left)
+
+    def _labelled(self) -> list[float]:
+        """All ticks where they are few, else the powers of ten."""
+        if len(self.ticks) <= 5:
+            return list(self.ticks)
+        return [tick for tick in self.ticks if math.log10(tick).is_integer()]
 
     def grid(self, bottom: float) -> list[str]:
         return [svg.line(self.at(tick), 22, self.at(tick), bottom, "grid") for tick in self.ticks]
@@ -142,8 +149,8 @@ class _LogAxis:
     def labels(self, bottom: float, unit: str) -> list[str]:
         return [
             *(
-                svg.text(self.at(tick), bottom + 13, f"{tick:,g}", "muted", anchor="middle")
-                for tick in self.ticks
+                svg.text(self.at(tick), bottom + 13, f"{tick:,.10g}", "muted", anchor="middle")
+                for tick in self._labelled()
             ),
             svg.text(self.right, bottom + 28, f"{unit}, logarithmic", "muted", anchor="end"),
         ]

@@ -29,4 +29,4 @@ def output_of(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()  # which closes the pipe too

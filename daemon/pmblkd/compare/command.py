@@ -68,19 +68,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def steps(self) -> int:
-        return self._runs + self._openings
+        return self.runs + self.openings
 
     @property
     def expected_seconds(self) -> float:
         a_run = self.wishes.seconds + measure.OVERHEAD_SECONDS
-        return self._runs * a_run + self._openings * devices.EXPECTED_SECONDS
+        return self.runs * a_run + self.openings * devices.EXPECTED_SECONDS
 
     @property
-    def _runs(self) -> int:
+    def runs(self) -> int:
         return len(self.rows) * self.wishes.rounds * len(self.contenders)
 
     @property
-    def _openings(self) -> int:
+    def openings(self) -> int:
         return len(self.device_contenders) * len(devices.DEVICES_BYTES)
 
 
@@ -249,9 +249,9 @@ def _measured(plan: Plan, interrupts: Interrupts) -> Results:
 def _announce(plan: Plan) -> None:
     wishes = plan.wishes
     names = ", ".join(one.name for one in plan.contenders)
-    runs = f"{len(plan.rows)} loads x {wishes.rounds} rounds x {len(plan.contenders)}"
+    runs = f"loads: {len(plan.rows)}, rounds: {wishes.rounds}, runs: {plan.runs}"
     print(f"{names}\non a scratch file of {format_size(plan.file_bytes)} in {plan.directory}")
-    print(f"{runs}, {wishes.seconds:g} s each: about {duration(plan.expected_seconds)}", flush=True)
+    print(f"{runs} of {wishes.seconds:g} s; about {duration(plan.expected_seconds)}", flush=True)
     if plan.loop_refusal:
         print(f"without loads of a loop device: {plan.loop_refusal}", flush=True)
 

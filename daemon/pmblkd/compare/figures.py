@@ -65,6 +65,8 @@ COMMANDS = Figure(
     "Commands per I/O", "", lambda sample, row: sample.commands / _blocks(sample, row)
 )
 
+FLUSH = Figure("Flush after it", "ms", lambda sample, _: sample.flush_seconds * 1e3)
+
 SPEED = (KIOPS, BANDWIDTH, P50, P99, P999, CPU)
 COST = (COPIED, DESCRIPTORS, DESCRIPTOR_BYTES, PINS, PRPS, SGLS, COMMANDS)
 

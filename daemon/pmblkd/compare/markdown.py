@@ -18,7 +18,7 @@ def _parts(results: Results) -> Iterator[str]:
     yield "## At a glance"
     yield _table(glance(results))
     yield "## What the figures say"
-    yield _list([_plain(sentence) for sentence in summary(results)])
+    yield _list(summary(results))
     yield "## How to read them"
     yield _list(words.how_to_read(results))
     yield _section(contender_table(results))
@@ -31,7 +31,7 @@ def _parts(results: Results) -> Iterator[str]:
 
 
 def _section(table: Table) -> str:
-    parts = [f"### {table.title}", *([table.note] if table.note else []), _table(table)]
+    parts = [f"### {table.title}", *([_plain(table.note)] if table.note else []), _table(table)]
     return "\n\n".join(parts)
 
 
@@ -55,7 +55,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _list(items: Sequence[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
+    return "\n".join(f"- {_plain(item)}" for item in items)
 
 
 def _plain(text: str) -> str:

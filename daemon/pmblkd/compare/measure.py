@@ -5,6 +5,8 @@ The turn is rotated from round to round, so that whatever else the machine does 
 
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
+
 from pmblk import PmblkError
 from pmblkd.compare import cpu, figures, fio
 from pmblkd.compare.contenders import Contender, rotated
@@ -75,10 +77,13 @@ def _sample(
 ) -> Sample:
     check()
     switched = stage.switch(contender)
+    # A write is measured with a flush: what is kept back is a cost of what was written.
     before, clock = stage.stats(), cpu.clock(stage.pid)
     side = _side(stage, row, seconds, check)
+    flushed = stage.flush_seconds() if row.way == "write" else 0.0
     spent, after = cpu.clock(stage.pid).since(clock), stage.stats()
-    return _assembled(row, contender, number, side, spent, before, after, switched)
+    sample = _assembled(row, contender, number, side, spent, before, after, switched)
+    return msgspec.structs.replace(sample, flush_seconds=flushed)
 
 
 def _side(stage: Stage, row: Row, seconds: float, check: Check) -> fio.Side:
@@ -113,7 +118,6 @@ def _loop(stage: Stage) -> list[str]:
 
 
 def _load(row: Row, seconds: float) -> list[str]:
-    """A write ends with a flush: what a representation holds back is a cost of what was written."""
     return [
         f"--rw=rand{row.way}",
         f"--bs={row.block_bytes}",
@@ -121,7 +125,6 @@ def _load(row: Row, seconds: float) -> list[str]:
         "--norandommap",  # no bookkeeping in the client, which has enough to do
         "--time_based",
         f"--runtime={round(seconds * 1000)}ms",
-        *(["--end_fsync=1"] if row.way == "write" else []),
     ]
 
 

@@ -66,10 +66,12 @@ def _charts(results: Results) -> Iterator[str]:
 
 
 def _bars(results: Results, rows: Sequence[Row]) -> str:
+    # Three abreast on a wide screen: a line for each direction and depth, a column for each size.
+    ordered = sorted(rows, key=lambda row: (row.way, row.queue_depth, row.block_bytes))
     drawn = [
         f"<figure><figcaption>{escape(row.title)}</figcaption>"
         f"{charts.bars(results, row, figures.KIOPS)}</figure>"
-        for row in rows
+        for row in ordered
     ]
     rounds = results.setup.rounds
     note = f"Median of {rounds} rounds; the whiskers reach from the least to the most."

@@ -46,8 +46,9 @@ class Setup(Table, frozen=True):
 class Sample(Table, frozen=True):
     """One run of fio against one contender.
 
-    Latency is the client's, CPU time is the daemon's (all its threads, user and system), with the
-    flush at the end of a write. The counters are the engine's, from before the run to after it.
+    Latency is the client's, CPU time is the daemon's (all its threads, user and system). The
+    counters are the engine's, from before the run to after it. CPU time and counters have the flush
+    in them that follows a write; the rate and the latencies do not.
     """
 
     row: str
@@ -78,6 +79,7 @@ class Sample(Table, frozen=True):
     metadata_device_bytes: int
     build_seconds: float
     pause_seconds: float
+    flush_seconds: float = 0.0  # after a write, for what the representation had kept back
 
 
 class IoFacts(Table, frozen=True):

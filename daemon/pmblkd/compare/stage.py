@@ -19,11 +19,13 @@ from pathlib import Path
 from pmblk import PmblkError
 from pmblkd import attach, control, loop, mounts
 from pmblkd.compare.contenders import Contender
+from pmblkd.compare.flush import flush_seconds
 from pmblkd.compare.interrupts import Interrupts
 from pmblkd.errors import WorkFailed
 from pmblkd.reports import NamespaceReport, StatsReport, SwitchReport
 
 NAME = "compare"
+CONTROL_SOCKET, NBD_SOCKET, LOG = "control.sock", "nbd.sock", "daemon.log"
 START_SECONDS = 30
 STOP_SECONDS = 30
 SWITCH_SECONDS = 300
@@ -53,10 +55,11 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 class Stage:
     """A daemon that runs. `device` is the loop device, once attached."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", socket: Path, log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", work: Path) -> None:
         self._process = process
-        self._socket = socket
-        self._log = log
+        self._socket = work / CONTROL_SOCKET
+        self._log = work / LOG
+        self._nbd = work / NBD_SOCKET
         self._serving = ""
         self.device: Path | None = None
 
@@ -90,6 +93,10 @@ class Stage:
             kind=contender.kind,
             options=contender.options,
         )
+
+    def flush_seconds(self) -> float:
+        """Flush the namespace as a client does; how long that took. Raises WorkFailed."""
+        return flush_seconds(self._nbd, NAME)
 
     def check(self) -> None:
         """Raises WorkFailed when the daemon has ended."""
@@ -150,8 +157,7 @@ def serving(
 
 def _started(work: Path, config: Path) -> Stage:
     environment = {key: text for key, text in os.environ.items() if key != "NOTIFY_SOCKET"}
-    log = work / "daemon.log"
-    with log.open("wb") as stream:
+    with (work / LOG).open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "pmblkd", "serve", str(config)],
             stdin=subprocess.DEVNULL,
@@ -160,7 +166,7 @@ def _started(work: Path, config: Path) -> Stage:
             env=environment,
             start_new_session=True,  # ^C is for us to act on
         )
-    return Stage(process, work / "control.sock", log)
+    return Stage(process, work)
 
 
 def _config(
@@ -171,8 +177,8 @@ def _config(
     return (
         f'[[namespace]]\nname = "{NAME}"\npath = {json.dumps(str(media))}\n'
         f"size = {file_bytes}\nlba_size = {lba_bytes}\n"
-        f"[nbd]\nlisten = [{json.dumps(f'unix:{work}/nbd.sock')}]\n{fuse}"
-        f"[control]\nsocket = {json.dumps(str(work / 'control.sock'))}\n"
+        f"[nbd]\nlisten = [{json.dumps(f'unix:{work / NBD_SOCKET}')}]\n{fuse}"
+        f"[control]\nsocket = {json.dumps(str(work / CONTROL_SOCKET))}\n"
         f'[daemon]\nbusy_poll_us = {busy_poll_us}\nlog_level = "warning"\n'
     )
 

@@ -79,10 +79,13 @@ def nice_ticks(most: float, *, about: int = 4) -> list[float]:
     return [index * step for index in range(math.ceil(most / step * 0.999) + 1)]
 
 
-def decades(least: float, most: float) -> list[float]:
-    """The powers of ten around the values, for a logarithmic axis."""
+def log_ticks(least: float, most: float) -> list[float]:
+    """1, 2 and 5 times powers of ten around the values, for a logarithmic axis; two at least."""
     low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
-    return [10.0**power for power in range(low, max(high, low + 1) + 1)]
+    steps = [factor * 10.0**power for power in range(low, high + 1) for factor in (1, 2, 5)]
+    first = max(step for step in steps if step <= least * 1.001)
+    last = min(step for step in steps if step >= most * 0.999 and step > first)
+    return [step for step in steps if first <= step <= last]
 
 
 def log_place(value: float, *, least: float, most: float) -> float:

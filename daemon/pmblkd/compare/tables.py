@@ -48,10 +48,11 @@ def tables(results: Results) -> Iterator[Table]:
 
 
 def _speed(results: Results, rows: Sequence[Row], title: str) -> Table:
+    columns = figures.SPEED if rows[0].way == "read" else (*figures.SPEED, figures.FLUSH)
     return Table(
         title=title,
-        header=["representation", *(figure.heading for figure in figures.SPEED)],
-        groups=[(row.title, _lines(results, row, figures.SPEED, _measured)) for row in rows],
+        header=["representation", *(figure.heading for figure in columns)],
+        groups=[(row.title, _lines(results, row, columns, _measured)) for row in rows],
         group_heading="load",
         note="Median of the rounds, in brackets the least and the most.",
     )
@@ -180,7 +181,7 @@ def _device_table(size: int, devices: Sequence[DeviceFacts]) -> Table:
 
 def _device_line(facts: DeviceFacts) -> list[str]:
     if facts.skipped:
-        return [facts.contender, f"left out: {facts.skipped}", *[NONE] * 6]
+        return [facts.contender, *[NONE] * 7]
     flag = " (missed)" if misses(facts) else ""
     pool = facts.peak_pool_bytes
     return [
@@ -196,23 +197,24 @@ def _device_line(facts: DeviceFacts) -> list[str]:
 
 
 def share_text(share: float) -> str:
-    """As a fraction where it is one, since 1/64 says more than 1.56 %."""
+    """As a fraction where it is one, since 1/64 says more than 1.56 %; in the end as "hardly"."""
     for part in (64, 256):
         if share * part == 1:
             return f"1/{part} ({share * 100:.2f} %)"
-    return f"{figures.digits(share * 100)} %"
+    return f"{figures.digits(share * 100)} %" if share > 1e-5 else "under 0.001 %"
 
 
 def _device_note(size: int, devices: Sequence[DeviceFacts]) -> str:
-    """The limits, where they apply and how they were met."""
-    if size != LIMITED_FILE_BYTES:
-        return "A sparse file; each line is a process of its own."
-    missed = [words for facts in devices for words in misses(facts)]
-    verdict = f"Missed: {'; '.join(missed)}." if missed else "All of them do."
-    return (
-        "A sparse file; each line is a process of its own. extent, pfn and transient-page are to"
-        f" open in less than 100 ms and less than 50 MiB. {verdict}"
-    )
+    """How it was measured; the limits, where they apply, and how they were met; who is missing."""
+    notes = ["A sparse file; each line is a process of its own."]
+    if size == LIMITED_FILE_BYTES:
+        missed = [words for facts in devices for words in misses(facts)]
+        notes += [
+            "extent, pfn and transient-page are to open in less than 100 ms and 50 MiB.",
+            f"Missed: {'; '.join(missed)}." if missed else "All three do.",
+        ]
+    notes += [f"{one.contender} was left out: {one.skipped}." for one in devices if one.skipped]
+    return " ".join(notes)
 
 
 def descriptor_table(results: Results) -> Table:
