@@ -32,6 +32,7 @@ from pmblkd.reports import (
     DescriptionReport,
     NamespaceReport,
     PoisonReport,
+    ReloadReport,
     Report,
     StatsReport,
     SwitchReport,
@@ -67,7 +68,7 @@ def serve(config: ConfigFile, /, *, overrides: Overrides = None) -> None:
     """Serve the namespaces of a config file, in the foreground, until SIGTERM or SIGINT."""
     loaded = configuration.load(config, overrides or ())
     log.configure(loaded.daemon.log_level)
-    trio.run(Service(config, loaded).serve)
+    trio.run(Service(config, loaded, overrides or ()).serve)
 
 
 @app.command
@@ -120,6 +121,19 @@ def switch(
         options=_options(option or ()),
     )
     _print(report, views.switched(report), json=json)
+
+
+@app.command
+def reload(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+    """Let the daemon read its config file again and serve what that says now.
+
+    A file that is wrong changes nothing. Exit status 1 when a change was refused: it is named, with
+    the reason, and what was served before still is.
+    """
+    report = control.ask(socket, "reload", ReloadReport, seconds=CHANGE_SECONDS)
+    _print(report, views.reloaded(report), json=json)
+    if report.refused:
+        sys.exit(1)
 
 
 @app.command

@@ -14,7 +14,8 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from pmblk import PmblkError
-from pmblk.representations import KINDS, Representation, parse_options
+from pmblk.media.reserve import FILE_UNIT_BYTES
+from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
 from pmblk.units import parse_size
 from pmblkd.listen import Address, UnixAddress, parse_address
 
@@ -44,13 +45,18 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class NamespaceConfig(_Table, frozen=True):
-    """`[[namespace]]`: one device."""
+    """`[[namespace]]`: one device.
+
+    `reserve`: keep the last 1/64 of the file for a page table on the device, so that struct-page
+    with memmap = "device" can be switched to. The device has 63/64 of `size` then.
+    """
 
     name: str
     path: str
     size: str | int | None = None
     lba_size: int = 4096
     read_only: bool = False
+    reserve: bool = False
     representation: str | dict[str, Any] = "extent"
 
     @property
@@ -71,6 +77,11 @@ class NamespaceConfig(_Table, frozen=True):
         if isinstance(self.representation, str):
             return {}
         return {key: value for key, value in self.representation.items() if key != "kind"}
+
+    @property
+    def with_reserve(self) -> bool:
+        """Whether the end of the file is kept for a page table: asked for, or needed at once."""
+        return self.reserve or needs_reserve(representation_options(self))
 
 
 class NbdConfig(_Table, frozen=True):
@@ -302,6 +313,12 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
             f"{nearest} would be",
         )
     _check_representation(file, f"{place}.representation", namespace)
+    if size is not None and namespace.with_reserve and size % FILE_UNIT_BYTES:
+        raise wrong(
+            "size",
+            f"1/64 of {size} bytes, the reserve, is no whole number of pages",
+            "choose a multiple of 256KiB",
+        )
 
 
 def _check_representation(file: Path, place: str, namespace: NamespaceConfig) -> None:
@@ -340,18 +357,20 @@ def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> Repres
         return RepresentationError(match[1], "unknown key", hint=hint)
     if match := _WRONG.fullmatch(text):
         option = match[2].lstrip(".")
-        return RepresentationError(
-            option, match[1].replace("`", ""), hint=_choices(kind, option, options.get(option))
-        )
+        found = options.get(option)
+        if choices := _choices(kind, option):
+            return RepresentationError(option, f"{found!r} is not known", hint=choices)
+        message = match[1].replace("`", "").replace("Expected", "expected")
+        return RepresentationError(option, message, hint=f"found {found!r}")
     return RepresentationError("", text.replace("`", ""))
 
 
-def _choices(kind: str, option: str, found: object) -> str:
-    """What the option may be, where that is one of a few words; else what was found."""
+def _choices(kind: str, option: str) -> str:
+    """What the option may be, where that is one of a few words."""
     choices = get_args(get_type_hints(KINDS[kind].Options).get(option))
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "choose " + " or ".join(f'"{choice}"' for choice in choices)
-    return f"found {found!r}"
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        return ""
+    return "choose " + " or ".join(f'"{choice}"' for choice in choices)
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:

@@ -12,6 +12,7 @@ from pmblkd.reports import (
     NamespaceReport,
     PoisonReport,
     PrpReport,
+    ReloadReport,
     RepresentationReport,
     Run,
     SglReport,
@@ -132,6 +133,18 @@ def switched(report: SwitchReport) -> str:
     before, after = representation(report.before), representation(report.after)
     times = f"built in {_time(report.build_seconds)}, paused {_time(report.pause_seconds)}"
     return f"{report.name}: {before} -> {after}, {times}"
+
+
+def reloaded(report: ReloadReport) -> str:
+    """A line a change; what was refused comes last, with its reason."""
+    lines = [f"{name}: added" for name in report.added]
+    lines += [f"{name}: removed" for name in report.removed]
+    lines += [f"{name}: draining, until its users have left" for name in report.draining]
+    lines += [switched(one) for one in report.switched]
+    lines += [f"{name}: grown" for name in report.grown]
+    lines += [f"{key}: changed" for key in report.changed]
+    lines += [f"{refusal.key}: refused, {refusal.reason}" for refusal in report.refused]
+    return "\n".join(lines) or "nothing has changed"
 
 
 def poisoned(report: PoisonReport) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import nbd
 import pytest
 
@@ -189,8 +190,7 @@ def test_an_fsync_is_a_flush(daemon: Daemon, mnt: Path) -> None:
 
 
 def counters(daemon: Daemon) -> dict[str, int]:
-    (namespace,) = (one for one in daemon.list() if one["name"] == "data")
-    return dict(namespace["counters"])
+    return dict(msgspec.to_builtins(daemon.stats("data").namespace_counters))
 
 
 def test_a_write_here_is_seen_over_nbd_at_once_and_the_other_way_round(

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pmblkd import control, mounts
-from pmblkd.reports import NamespaceReport
+from pmblkd.reports import NamespaceReport, ReloadReport, StatsReport, SwitchReport
 
 PMBLK = str(Path(sys.executable).with_name("pmblk"))
 START_SECONDS = 15
@@ -106,6 +106,20 @@ class Daemon:
     def list(self) -> list[dict[str, Any]]:
         reports = control.ask(self.socket, "list", list[NamespaceReport])
         return [dict(msgspec.to_builtins(report)) for report in reports]
+
+    def stats(self, name: str) -> StatsReport:
+        return control.ask(self.socket, "stats", StatsReport, name=name)
+
+    def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
+        return control.ask(
+            self.socket, "switch", SwitchReport, name=name, kind=kind, options=options
+        )
+
+    def reload(self, config: str | None = None) -> ReloadReport:
+        """With another config, if there is one; `{dir}` in it stands for the directory."""
+        if config is not None:
+            self.config.write_text(config.replace("{dir}", str(self.directory)))
+        return control.ask(self.socket, "reload", ReloadReport)
 
     def uri(self, name: str = "", *, socket_name: str = "nbd.sock") -> str:
         return f"nbd+unix:///{name}?socket={self.directory / socket_name}"

@@ -13,6 +13,8 @@ from pmblk import Command, Namespace
 from pmblk.media import Media, create, open_media
 from pmblk.nvme.command import Hole
 from pmblk.representations import make, needs_reserve, parse_options
+from pmblkd.config import NamespaceConfig
+from pmblkd.registry import Device, Registry
 
 MakeNamespace = Callable[..., Namespace]
 
@@ -61,6 +63,15 @@ def make_namespace(make_media: Callable[..., Media]) -> MakeNamespace:
         return Namespace("ns", media, representation, lba_bytes=512)
 
     return make_one
+
+
+def registered(*namespaces: Namespace) -> Registry:
+    """A registry with devices for them."""
+    registry = Registry()
+    for namespace in namespaces:
+        config = NamespaceConfig(name=namespace.name, path=str(namespace.media.path))
+        registry.add(Device(config, namespace, created=False))
+    return registry
 
 
 def content(command: Command) -> bytes:

@@ -12,6 +12,7 @@ from pmblkd.config import Config, load
 from pmblkd.errors import WorkFailed, only_ours
 from pmblkd.nbd.server import NbdServer
 from pmblkd.service import Service
+from tests.unit.conftest import MakeNamespace, registered
 
 
 def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
@@ -31,24 +32,26 @@ def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
     return load(file)
 
 
-class Flushed:
-    def __init__(self, error: OSError | None = None) -> None:
-        self.flushes = 0
-        self._error = error
+async def test_a_flush_that_fails_keeps_no_other_namespace_from_its_own(
+    directory: Path, make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
 
-    async def flush(self) -> None:
-        self.flushes += 1
-        if self._error:
-            raise self._error
+    async def fail() -> None:
+        raise OSError(errno.EIO, "namespace bad: the flush failed")
 
+    async def succeed() -> None:
+        flushed.append("good")
 
-async def test_a_flush_that_fails_keeps_no_other_namespace_from_its_own(directory: Path) -> None:
+    bad, good = make_namespace(name="bad.img"), make_namespace(name="good.img")
+    bad.name, good.name = "bad", "good"
+    monkeypatch.setattr(bad, "flush", fail)
+    monkeypatch.setattr(good, "flush", succeed)
     service = Service(directory / "c.toml", make_config(directory))
-    bad, good = Flushed(OSError(errno.EIO, "namespace a: the flush failed")), Flushed()
-    service._namespaces = {"a": bad, "b": good}  # type: ignore[dict-item]
-    with pytest.raises(WorkFailed, match="namespace a"):
+    service._registry = registered(bad, good)
+    with pytest.raises(WorkFailed, match="namespace bad"):
         await service._flush_namespaces()
-    assert good.flushes == 1
+    assert flushed == ["good"]
 
 
 def test_a_start_that_fails_late_takes_everything_back(

@@ -60,6 +60,19 @@ class Pyfuse3Engine:
     def stop(self) -> None:
         pyfuse3.terminate()
 
+    def forget_name(self, name: str) -> None:
+        """A file has left the directory: the kernel need not wait until its entry is stale."""
+        if self._mounted:
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(ROOT_INODE), os.fsencode(name), ignore_enoent=True
+            )
+
+    def forget_size(self, inode: int) -> None:
+        """A file has another size. Attributes only: this cannot block."""
+        if self._mounted:
+            with contextlib.suppress(OSError):  # the kernel does not know the file
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+
     def unmount(self) -> None:
         if self._mounted:
             self._mounted = False
@@ -127,8 +140,9 @@ class _Operations(pyfuse3.Operations):
         with _errors():
             await self._files.sync(fh)
 
-    async def release(self, _fh: int) -> None:
-        self._files.release()
+    async def release(self, fh: int) -> None:
+        with _errors():
+            self._files.release(fh)
 
     async def flush(self, fh: int) -> None:
         """close(2): nothing is kept back, so there is nothing to do."""
