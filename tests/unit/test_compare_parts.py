@@ -108,7 +108,7 @@ def test_costs_are_per_block_that_was_transferred() -> None:
     assert figures.DESCRIPTOR_BYTES.of(run, row) == 4096
     assert figures.SGLS.of(run, row) == 1
     assert figures.CPU.of(run, row) == 50
-    assert figures.KIOPS.of(run, row) == 10
+    assert figures.IOPS.of(run, row) == 10_000
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))

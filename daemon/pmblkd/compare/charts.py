@@ -19,7 +19,7 @@ from pmblkd.compare.spread import Spread
 
 LANE, BAR = 19.0, 11.0
 BARS_WIDTH, DOTS_WIDTH, LINES_WIDTH = 340.0, 460.0, 560.0
-VALUE_WIDTH = 44.0
+VALUE_WIDTH = 50.0
 AXIS_HEIGHT = 34.0
 DOT_LANE, GROUP_HEIGHT = 14.0, 22.0
 LABEL_GAP = 15.0
@@ -144,7 +144,8 @@ class _LogAxis:
         return [tick for tick in self.ticks if math.log10(tick).is_integer()]
 
     def grid(self, bottom: float) -> list[str]:
-        return [svg.line(self.at(tick), 22, self.at(tick), bottom, "grid") for tick in self.ticks]
+        places = [self.at(tick) for tick in self._labelled()]
+        return [svg.line(place, 22, place, bottom, "grid") for place in places]
 
     def labels(self, bottom: float, unit: str) -> list[str]:
         return [
@@ -187,13 +188,23 @@ def descriptor_lines(results: Results) -> str:
     ]
     return _lines(
         "descriptor-bytes",
-        series,
+        _distinct(series),
         places=BLOCKS_BYTES,
         place_labels=[block_text(block) for block in BLOCKS_BYTES],
-        ticks=[16 * 4**power for power in range(7)],
+        ticks=[4**power for power in range(1, 9)],
         title="Descriptor bytes of one read, by its size",
         axis="size of the read, both axes logarithmic",
     )
+
+
+def _distinct(series: Sequence[Series]) -> list[Series]:
+    """Without the variants that are no different from their kind."""
+    plain = {one.name: list(one.values) for one in series}
+    return [
+        one
+        for one in series
+        if " " not in one.name or list(one.values) != plain.get(one.name.partition(" ")[0])
+    ]
 
 
 def metadata_lines(results: Results) -> str:
@@ -231,8 +242,7 @@ def _lines(
     """A line for each series on two logarithmic axes; equal ones are one, dashed in each colour."""
     if not series:
         return ""
-    top = max(value for one in series for value in one.values)
-    ticks = [*(tick for tick in ticks if tick < top), *[t for t in ticks if t >= top][:1]]
+    ticks = _around([value for one in series for value in one.values], ticks)
     labels = _merged(series)
     right = LINES_WIDTH - svg.label_width(text for text, _ in labels) - 12
     left, height = 62.0, 300.0
@@ -272,6 +282,13 @@ def _lines(
         for one in series
     )
     return svg.drawing(name, LINES_WIDTH, height + 40, parts, title=title, description=said)
+
+
+def _around(values: Sequence[float], ticks: Sequence[int]) -> list[int]:
+    """Those of the ticks that it takes to have all values between the first and the last."""
+    below = [tick for tick in ticks if tick <= min(values)]
+    above = [tick for tick in ticks if tick >= max(values)]
+    return [tick for tick in ticks if below[-1] <= tick <= above[0]]
 
 
 def _merged(series: Sequence[Series]) -> list[tuple[str, float]]:

@@ -4,6 +4,7 @@ What is "per I/O" is per block of the row's size that the engine transferred, no
 the client: a front end may cut requests, and fio may end between two of them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def _blocks(sample: Sample, row: Row) -> float:
     return max(1.0, sample.transferred_bytes / row.block_bytes)
 
 
-KIOPS = Figure("IOPS", "thousand/s", lambda sample, _: sample.ios / sample.seconds / 1e3)
+IOPS = Figure("IOPS", "I/O per s", lambda sample, _: sample.ios / sample.seconds)
 BANDWIDTH = Figure("Bandwidth", "MB/s", lambda sample, _: sample.bytes_per_second / 1e6)
 P50 = Figure("p50", "µs", lambda sample, _: sample.latency_us_p50)
 P99 = Figure("p99", "µs", lambda sample, _: sample.latency_us_p99)
@@ -67,7 +68,7 @@ COMMANDS = Figure(
 
 FLUSH = Figure("Flush after it", "ms", lambda sample, _: sample.flush_seconds * 1e3)
 
-SPEED = (KIOPS, BANDWIDTH, P50, P99, P999, CPU)
+SPEED = (IOPS, BANDWIDTH, P50, P99, P999, CPU)
 COST = (COPIED, DESCRIPTORS, DESCRIPTOR_BYTES, PINS, PRPS, SGLS, COMMANDS)
 
 
@@ -87,11 +88,11 @@ def digits(value: float) -> str:
 
 
 def fixed(value: float) -> str:
-    """Three digits for a measured value, whose zeroes say how well it is known: 5.00, 31.0."""
+    """Three digits for a measured value, which nobody knows better: 5.00, 31.0, 79,700."""
     if value == 0:
         return "0"
-    size = abs(value)
-    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+    places = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{min(max(places, 0), 2)}f}"
 
 
 def with_range(values: Spread) -> str:

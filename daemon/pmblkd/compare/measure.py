@@ -68,8 +68,8 @@ def samples(
 
 
 def _said(sample: Sample, row: Row) -> str:
-    rate, cost = figures.KIOPS.of(sample, row), figures.CPU.of(sample, row)
-    return f"{figures.fixed(rate)} kIOPS, {figures.fixed(cost)} us CPU per I/O"
+    rate, cost = figures.IOPS.of(sample, row), figures.CPU.of(sample, row)
+    return f"{figures.fixed(rate)} IOPS, {figures.fixed(cost)} us CPU per I/O"
 
 
 def _sample(

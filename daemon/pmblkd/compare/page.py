@@ -44,8 +44,9 @@ def _body(results: Results) -> Iterator[str]:
 
 def _lead(results: Results) -> str:
     setup = results.setup
-    compared = f"{len(results.contenders)} representations, {len(results.rows)} loads"
-    return f'<p class="lead">{escape(f"{compared}. {setup.machine}. {setup.date}.")}</p>'
+    compared = ", ".join(dict.fromkeys(one.kind for one in results.contenders))
+    said = f"{compared}, compared on one device. {setup.machine}. {setup.date[:10]}."
+    return f'<p class="lead">{escape(said)}</p>'
 
 
 def _list(items: Sequence[str]) -> str:
@@ -70,7 +71,7 @@ def _bars(results: Results, rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: (row.way, row.queue_depth, row.block_bytes))
     drawn = [
         f"<figure><figcaption>{escape(row.title)}</figcaption>"
-        f"{charts.bars(results, row, figures.KIOPS)}</figure>"
+        f"{charts.bars(results, row, figures.IOPS)}</figure>"
         for row in ordered
     ]
     rounds = results.setup.rounds

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pmblk import PmblkError
 from pmblkd import attach, control, loop, mounts
@@ -28,9 +29,12 @@ NAME = "compare"
 CONTROL_SOCKET, NBD_SOCKET, LOG = "control.sock", "nbd.sock", "daemon.log"
 START_SECONDS = 30
 STOP_SECONDS = 30
-SWITCH_SECONDS = 300
+ANSWER_SECONDS = 300  # a large page table takes its time
+LAST_WORDS_SECONDS = 0.5
 POLL_SECONDS = 0.05
 LOG_LINES = 5
+
+Answer = TypeVar("Answer")
 
 
 @contextlib.contextmanager
@@ -69,11 +73,11 @@ class Stage:
 
     @property
     def namespace(self) -> NamespaceReport:
-        (namespace,) = control.ask(self._socket, "list", list[NamespaceReport])
+        (namespace,) = self._ask("list", list[NamespaceReport])
         return namespace
 
     def stats(self) -> StatsReport:
-        return control.ask(self._socket, "stats", StatsReport, name=NAME)
+        return self._ask("stats", StatsReport, name=NAME)
 
     def switch(self, contender: Contender) -> SwitchReport:
         """Let the contender serve. Raises PmblkError when it is not to be had here."""
@@ -84,15 +88,20 @@ class Stage:
         return report
 
     def _ask_switch(self, contender: Contender) -> SwitchReport:
-        return control.ask(
-            self._socket,
-            "switch",
-            SwitchReport,
-            seconds=SWITCH_SECONDS,
-            name=NAME,
-            kind=contender.kind,
-            options=contender.options,
-        )
+        choice = {"kind": contender.kind, "options": contender.options}
+        return self._ask("switch", SwitchReport, name=NAME, **choice)
+
+    def _ask(self, command: str, answer_type: type[Answer], **arguments: Any) -> Answer:
+        """Raises PmblkError; WorkFailed with the daemon's last words when it is because it died."""
+        try:
+            return control.ask(
+                self._socket, command, answer_type, seconds=ANSWER_SECONDS, **arguments
+            )
+        except PmblkError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS_SECONDS)
+            self.check()
+            raise
 
     def flush_seconds(self) -> float:
         """Flush the namespace as a client does; how long that took. Raises WorkFailed."""
@@ -176,7 +185,7 @@ def _config(
     fuse = f"[fuse]\nmountpoint = {json.dumps(str(work / 'mnt'))}\n" if with_loop else ""
     return (
         f'[[namespace]]\nname = "{NAME}"\npath = {json.dumps(str(media))}\n'
-        f"size = {file_bytes}\nlba_size = {lba_bytes}\n"
+        f"size = {file_bytes}\nlba_size = {lba_bytes}\nreserve = true\n"
         f"[nbd]\nlisten = [{json.dumps(f'unix:{work / NBD_SOCKET}')}]\n{fuse}"
         f"[control]\nsocket = {json.dumps(str(work / CONTROL_SOCKET))}\n"
         f'[daemon]\nbusy_poll_us = {busy_poll_us}\nlog_level = "warning"\n'

@@ -75,7 +75,7 @@ def _load_columns(results: Results) -> Iterator[Column]:
             yield f"copied per byte, {way}", _middle(results, rows, figures.COPIED)
     for row in _telling(results):
         path = row.path.upper() if row.path == "nbd" else row.path
-        figure = figures.KIOPS if row.block_bytes < 1 << 20 else figures.BANDWIDTH
+        figure = figures.IOPS if row.block_bytes < 1 << 20 else figures.BANDWIDTH
         yield f"{path} {row.title}: {figure.unit}", _middle(results, [row], figure)
         yield f"{path} {row.title}: CPU µs per I/O", _middle(results, [row], figures.CPU)
 
@@ -113,26 +113,22 @@ def _copies(results: Results) -> Iterator[str]:
     """Who copies, and how much; who does not."""
     copiers, others = [], []
     for one in results.contenders:
-        parts = [_copied(results, one, way) for way in ("read", "write")]
-        if any(amount for _, amount in parts if amount is not None):
-            said = " and ".join(
-                f"{figures.digits(amount)} for each byte {way}"
-                for way, amount in parts
-                if amount is not None
-            )
-            copiers.append(f"{one.name} copied {said}")
-        elif any(amount is not None for _, amount in parts):
+        read, written = (_copied(results, one, way) for way in ("read", "write"))
+        if read or written:
+            parts = [(read, "byte read"), (written, "byte written")]
+            amounts = [f"{figures.digits(n)} for each {what}" for n, what in parts if n is not None]
+            copiers.append(f"{one.name} copied {_and(amounts)}")
+        elif read is not None or written is not None:
             others.append(one.name)
-    if copiers:
-        yield f"Bytes copied by the representation itself (median over the loads): {_and(copiers)}."
-    if others:
-        yield f"{_and(others)} copied none."
+    sentences = [*copiers, *([f"{_and(others)} copied none"] if others else [])]
+    if sentences:
+        yield f"Bytes copied by the representation, median over the loads: {'; '.join(sentences)}."
 
 
-def _copied(results: Results, contender: Contender, way: str) -> tuple[str, float | None]:
+def _copied(results: Results, contender: Contender, way: str) -> float | None:
     rows = [row for row in results.rows if row.way == way]
     values = _middles(results, rows, contender, figures.COPIED)
-    return ("read" if way == "read" else "written"), median(values) if values else None
+    return median(values) if values else None
 
 
 def _largest_limited(results: Results) -> list[DeviceFacts]:
@@ -171,42 +167,47 @@ def _speed(results: Results, path: str) -> Iterator[str]:
     rows = results.of_path(path)
     if not rows or len(results.contenders) < 2:
         return
-    title = PATH_TITLES[path]
+    title = f"{PATH_TITLES[path]}, {_loads(len(rows))}"
     if results.setup.rounds == 1:
         yield f"{title}: one round has no spread, so nothing is said about who is faster."
         return
-    winners = [_winner(results, row) for row in rows]
-    counted = Counter(winner for winner in winners if winner)
-    loads = f"of {len(rows)} loads"
-    parts = [f"{name} in {count}" for name, count in counted.most_common()]
-    undecided = winners.count("")
-    said = f"fastest beyond the spread of the rounds {loads}: {_and(parts)}" if parts else ""
-    open_ = f"in {undecided} {loads} the ranges overlap, and nobody is" if undecided else ""
+    ahead = _counted([_ahead(results, row, sign=1) for row in rows])
+    behind = _counted([_ahead(results, row, sign=-1) for row in rows])
     factors = spread([_factor(results, row) for row in rows])
     yield (
-        f"{title}: {'; '.join(part for part in (said, open_) if part)}. The best median is"
-        f" {factors.least:.2f} to {factors.most:.2f} times the worst."
+        f"{title}: faster than all others in every round was {ahead}; slower than all others in"
+        f" every round was {behind}. The best median is {factors.least:.2f} to {factors.most:.2f}"
+        " times the worst."
     )
 
 
-def _winner(results: Results, row: Row) -> str:
-    """Whose least rate is more than all others' most; or nobody."""
+def _counted(names: Sequence[str]) -> str:
+    """Who, in how many loads; the empty name is nobody."""
+    found = Counter(name for name in names if name)
+    parts = [f"{name} in {_loads(count)}" for name, count in found.most_common()]
+    return _and(parts) or "nobody"
+
+
+def _loads(count: int) -> str:
+    return "1 load" if count == 1 else f"{count} loads"
+
+
+def _ahead(results: Results, row: Row, *, sign: int) -> str:
+    """Whose worst rate beats all others' best, and with `sign` -1 the other way round; or ""."""
     rates = {
-        one.name: figures.KIOPS.spread(samples, row)
+        one.name: [sign * figures.IOPS.of(sample, row) for sample in samples]
         for one in results.contenders
         if (samples := results.of(row, one))
     }
-    for name, rate in rates.items():
-        if all(rate.least > other.most for key, other in rates.items() if key != name):
+    for name, own in rates.items():
+        if all(min(own) > max(other) for key, other in rates.items() if key != name):
             return name
     return ""
 
 
 def _factor(results: Results, row: Row) -> float:
     middles = [
-        value
-        for one in results.contenders
-        for value in _middles(results, [row], one, figures.KIOPS)
+        value for one in results.contenders for value in _middles(results, [row], one, figures.IOPS)
     ]
     return max(middles) / min(middles)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-CHARACTER_WIDTH = 6.1  # of the labels' 11 px sans, on average and a little more
+CHARACTER_WIDTH = 6.5  # of the labels' 11 px sans, on average and a little more
 
 
 def number(value: float) -> str:

@@ -3,12 +3,12 @@
 from pmblk.units import format_size
 from pmblkd.compare.results import Results
 
-TITLE = "Five ways to describe the memory under an I/O"
+TITLE = "How to describe the memory under an I/O"
 DEVICES_TITLE = "Large devices, at rest"
 DEVICES_TEXT = (
     "What a representation keeps for a device before anybody uses it, and what one I/O takes. The"
     " engine alone, without a daemon and without fio; sparse files, so that no memory of that size"
-    " is needed."
+    " is needed. The frames of page-cache come on top of its metadata."
 )
 
 
