@@ -114,7 +114,11 @@ def results(
         for index, one in enumerate(compared)
         for number in range(facts.rounds)
     ]
-    opened = [device(one, size) for size in DEVICES_BYTES for one in device_contenders(())]
+    opened = [
+        device(one, size)
+        for size in DEVICES_BYTES
+        for one in device_contenders((), variants=variants)
+    ]
     return Results(
         setup=facts,
         contenders=compared,

@@ -55,7 +55,7 @@ def bars(results: Results, row: Row, figure: Figure) -> str:
     values = measured(results, row, figure)
     left = svg.label_width(one.name for one, _ in values) + 8
     width = max(BARS_WIDTH, left + 190)
-    ticks = svg.nice_ticks(max(found.most for _, found in values))
+    ticks = svg.nice_ticks(max(found.most for _, found in values), about=3)
     span = width - left - VALUE_WIDTH
     scale = span / ticks[-1]
     bottom = len(values) * LANE + 4
@@ -66,7 +66,7 @@ def bars(results: Results, row: Row, figure: Figure) -> str:
         parts += _bar(one.name, found, left, index * LANE + LANE / 2 + 2, scale)
     parts.append(svg.line(left, 0, left, bottom, "axis"))
     parts += [
-        svg.text(left + tick * scale, bottom + 13, figures.digits(tick), "muted", anchor="middle")
+        svg.text(left + tick * scale, bottom + 13, _short(tick), "muted", anchor="middle")
         for tick in ticks
     ]
     parts.append(svg.text(left + span, bottom + 27, figure.unit, "muted", anchor="end"))
@@ -78,6 +78,11 @@ def bars(results: Results, row: Row, figure: Figure) -> str:
         title=f"{figure.title}: {PATH_TITLES[row.path]}, {row.title}",
         description=_said(values, figure.unit),
     )
+
+
+def _short(tick: float) -> str:
+    """For an axis where little fits: 20k."""
+    return f"{tick / 1000:g}k" if tick >= 10_000 else figures.digits(tick)
 
 
 def _bar(name: str, found: Spread, left: float, middle: float, scale: float) -> list[str]:

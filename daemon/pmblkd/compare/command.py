@@ -73,7 +73,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def expected_seconds(self) -> float:
         a_run = self.wishes.seconds + measure.OVERHEAD_SECONDS
-        return self.runs * a_run + self.openings * devices.EXPECTED_SECONDS
+        return self.runs * a_run + sum(
+            devices.expected_seconds(one, size)
+            for size in devices.DEVICES_BYTES
+            for one in self.device_contenders
+        )
 
     @property
     def runs(self) -> int:
@@ -123,7 +127,7 @@ def _plan(config: Config, wishes: Wishes) -> Plan:
         busy_poll_us=config.daemon.busy_poll_us,
         contenders=contenders(file_bytes, variants=wishes.variants, only=wishes.only),
         rows=rows(wishes.rows, with_loop=not refusal),
-        device_contenders=devices.device_contenders(wishes.only),
+        device_contenders=devices.device_contenders(wishes.only, variants=wishes.variants),
         loop_refusal=refusal,
         wishes=wishes,
     )
@@ -262,7 +266,8 @@ def _devices(
     for size in devices.DEVICES_BYTES:
         for one in plan.device_contenders:
             what = f"{format_size(size)}: {one.name}"
-            with progress.step(what, expected_seconds=devices.EXPECTED_SECONDS) as step:
+            expected = devices.expected_seconds(one, size)
+            with progress.step(what, expected_seconds=expected) as step:
                 interrupts.check()
                 facts = devices.facts(scratch, one, size, check=interrupts.check)
                 step.said = facts.skipped or f"{format_size(facts.metadata_bytes)} of metadata"

@@ -16,7 +16,7 @@ ARENA_BYTES_MAX = 64 << 20
 ARENA_SHARE = 8  # the arena is at most an eighth of what is worked on, or it would cache all of it
 MIB = 1 << 20
 
-_VARIANTS: Sequence[tuple[str, Mapping[str, Any]]] = (
+VARIANTS: Sequence[tuple[str, Mapping[str, Any]]] = (
     ("struct-page", {"memmap": "device"}),
     ("struct-page", {"compound": "2MiB"}),
     ("pfn", {"locking": "none"}),
@@ -62,7 +62,7 @@ def contenders(size: int, *, variants: bool, only: Sequence[str] = ()) -> list[C
             continue
         found.append(_plain(kind, size))
         if variants:
-            found += [contender(*variant) for variant in _VARIANTS if variant[0] == kind]
+            found += [contender(*variant) for variant in VARIANTS if variant[0] == kind]
     return found
 
 

@@ -93,7 +93,8 @@ def _telling(results: Results) -> list[Row]:
 def _middle(results: Results, rows: Sequence[Row], figure: Figure) -> Callable[[Contender], str]:
     def cell(one: Contender) -> str:
         values = _middles(results, rows, one, figure)
-        return figures.digits(median(values)) if values else NONE
+        form = figures.digits if figure is figures.COPIED else figures.fixed
+        return form(median(values)) if values else NONE
 
     return cell
 

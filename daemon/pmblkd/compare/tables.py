@@ -16,6 +16,7 @@ from pmblkd.compare.results import DeviceFacts, Results, Sample
 from pmblkd.compare.spread import spread
 
 NONE = "-"
+_RANGED = (figures.IOPS, figures.P99, figures.CPU)  # more would not fit on a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def _speed(results: Results, rows: Sequence[Row], title: str) -> Table:
         header=["representation", *(figure.heading for figure in columns)],
         groups=[(row.title, _lines(results, row, columns, _measured)) for row in rows],
         group_heading="load",
-        note="Median of the rounds, in brackets the least and the most.",
+        note="Median of the rounds; where there are brackets, the least and the most in them.",
     )
 
 
@@ -83,7 +84,8 @@ def _lines(
 
 
 def _measured(figure: Figure, samples: Sequence[Sample], row: Row) -> str:
-    return figures.with_range(figure.spread(samples, row))
+    found = figure.spread(samples, row)
+    return figures.with_range(found) if figure in _RANGED else figures.fixed(found.middle)
 
 
 def _counted(figure: Figure, samples: Sequence[Sample], row: Row) -> str:
