@@ -55,9 +55,10 @@ class World:
 
     @contextlib.contextmanager
     def compare(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-        fixed = ["--namespace", "precious", "--size", "64MiB", "--output", str(self.output)]
+        usual = {"--namespace": "precious", "--size": "64MiB", "--output": str(self.output)}
+        others = [word for pair in usual.items() if pair[0] not in arguments for word in pair]
         with subprocess.Popen(
-            [PMBLK, "compare", str(self.config), *fixed, *arguments],
+            [PMBLK, "compare", str(self.config), *others, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
