@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pmblkd import control, mounts
-from pmblkd.reports import NamespaceReport, ReloadReport, StatsReport, SwitchReport
+from pmblkd.reports import NamespaceReport, PoisonReport, ReloadReport, StatsReport, SwitchReport
 
 PMBLK = str(Path(sys.executable).with_name("pmblk"))
 START_SECONDS = 15
@@ -113,6 +113,11 @@ class Daemon:
     def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
         return control.ask(
             self.socket, "switch", SwitchReport, name=name, kind=kind, options=options
+        )
+
+    def poison(self, name: str, offset: int, length: int) -> PoisonReport:
+        return control.ask(
+            self.socket, "poison", PoisonReport, name=name, offset=offset, length=length
         )
 
     def reload(self, config: str | None = None) -> ReloadReport:
