@@ -21,7 +21,8 @@ import trio
 from pmblk import Namespace, PmblkError
 from pmblk.media import create, open_media
 from pmblk.representations import make
-from pmblkd.config import NamespaceConfig, did_you_mean, representation_options
+from pmblkd.config import NamespaceConfig, representation_options
+from pmblkd.errors import did_you_mean
 
 _log = structlog.get_logger(__name__)
 

@@ -112,7 +112,13 @@ class Daemon:
 
     def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
         return control.ask(
-            self.socket, "switch", SwitchReport, name=name, kind=kind, options=options
+            self.socket,
+            "switch",
+            SwitchReport,
+            seconds=STOP_SECONDS,
+            name=name,
+            kind=kind,
+            options=options,
         )
 
     def poison(self, name: str, offset: int, length: int) -> PoisonReport:
@@ -124,7 +130,7 @@ class Daemon:
         """With another config, if there is one; `{dir}` in it stands for the directory."""
         if config is not None:
             self.config.write_text(config.replace("{dir}", str(self.directory)))
-        return control.ask(self.socket, "reload", ReloadReport)
+        return control.ask(self.socket, "reload", ReloadReport, seconds=STOP_SECONDS)
 
     def uri(self, name: str = "", *, socket_name: str = "nbd.sock") -> str:
         return f"nbd+unix:///{name}?socket={self.directory / socket_name}"
