@@ -99,7 +99,8 @@ def open_device(config: NamespaceConfig) -> Device:
     with contextlib.ExitStack() as undo:
         if created:
             size = config.size_bytes
-            assert size is not None, "preflight saw to it"
+            if size is None:  # preflight looks too, but a file may vanish after it
+                raise PmblkError(f"there is no {config.file}", hint="give a size to create it")
             create(config.file, size)
             undo.callback(config.file.unlink)
         media = open_media(
