@@ -11,9 +11,9 @@ from pmblk import Namespace, PmblkError, description, switching
 from pmblk.nvme.data_pointer import PrpList, Sgl
 from pmblk.pages import PAGE_BYTES, span
 from pmblk.representations import Representation
-from pmblkd.config import Config, RepresentationError, parse_representation
+from pmblkd.config import Config, parse_representation
 from pmblkd.control import Handler
-from pmblkd.errors import WorkFailed
+from pmblkd.errors import RepresentationError, WorkFailed
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX

@@ -27,7 +27,7 @@ from pmblkd import (
 from pmblkd import (
     config as configuration,
 )
-from pmblkd.errors import WorkFailed, only_ours
+from pmblkd.errors import WorkFailed, did_you_mean, only_ours
 from pmblkd.reports import (
     DescriptionReport,
     NamespaceReport,
@@ -252,7 +252,7 @@ def _find(name: str, socket: Path) -> NamespaceReport:
         if namespace.name == name:
             return namespace
     names = [namespace.name for namespace in namespaces]
-    raise PmblkError(f"no namespace {name}", hint=configuration.did_you_mean(name, names))
+    raise PmblkError(f"no namespace {name}", hint=did_you_mean(name, names))
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:

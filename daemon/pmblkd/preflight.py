@@ -12,7 +12,8 @@ from pathlib import Path
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
 from pmblkd import mounts
-from pmblkd.config import RUNTIME_DIRECTORY, Config, ConfigError, NamespaceConfig
+from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
+from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
 
 

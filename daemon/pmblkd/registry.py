@@ -21,7 +21,8 @@ import trio
 from pmblk import Namespace, PmblkError
 from pmblk.media import create, open_media
 from pmblk.representations import make
-from pmblkd.config import NamespaceConfig, did_you_mean, representation_options
+from pmblkd.config import NamespaceConfig, representation_options
+from pmblkd.errors import did_you_mean
 
 _log = structlog.get_logger(__name__)
 
@@ -98,7 +99,8 @@ def open_device(config: NamespaceConfig) -> Device:
     with contextlib.ExitStack() as undo:
         if created:
             size = config.size_bytes
-            assert size is not None, "preflight saw to it"
+            if size is None:  # preflight looks too, but a file may vanish after it
+                raise PmblkError(f"there is no {config.file}", hint="give a size to create it")
             create(config.file, size)
             undo.callback(config.file.unlink)
         media = open_media(

@@ -10,12 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from pmblk.representations import needs_reserve
-from pmblkd.config import (
-    Config,
-    DaemonConfig,
-    NamespaceConfig,
-    representation_options,
-)
+from pmblkd.config import Config, DaemonConfig, NamespaceConfig, representation_options
 from pmblkd.reports import Refusal
 
 RESTART = "needs a restart"

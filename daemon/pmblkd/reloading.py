@@ -60,7 +60,7 @@ class Reloader:
         Raises PmblkError, having changed nothing, for a file that cannot be served.
         """
         async with self._one_at_a_time:
-            old = self._served()
+            leaving = [device.config for device in self._registry if device.draining]
             # In threads: a path may lie on a file system that asks this very event loop.
             new = await trio.to_thread.run_sync(config.load, self._file, self._overrides)
             files = {device.name: device.config.file for device in self._registry}
@@ -68,8 +68,8 @@ class Reloader:
             await trio.to_thread.run_sync(
                 lambda: preflight.check_new(self._file, new, served=files, listening=listening)
             )
-            leaving = [device.config for device in self._registry if device.draining]
-            return await self._carry_out(plan(old, new, draining=leaving), new, nursery)
+            steps = plan(self._served(), new, draining=leaving)
+            return await self._carry_out(steps, new, nursery)
 
     def _served(self) -> Config:
         """The config in force, with the namespaces as they are after whatever was switched."""
@@ -121,7 +121,9 @@ class Reloader:
             ) as limit:
                 await self._registry.close(device)
         except OSError as error:
-            _log.error("namespace closed, not all of it durable", reason=error.strerror)
+            _log.error(
+                "namespace closed, not all of it durable", name=device.name, reason=error.strerror
+            )
             return
         if limit.cancelled_caught:
             _log.error("namespace closed, not flushed in time", name=device.name)

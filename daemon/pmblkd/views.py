@@ -85,7 +85,7 @@ def stats(report: StatsReport) -> str:
         _Row("deallocations", did.deallocations, did.deallocated_bytes),
         _Row("flushes", did.flushes, always=True),
         _Row("errors", did.errors, always=True),
-        _Row("waits", did.waits, note="could not be answered on the spot"),
+        _Row("waits", did.waits, note="not answered on the spot"),
         _Row("PRP entries", did.prp_entries, note="that all of it would take"),
         _Row("PRP list pages", did.prp_list_pages),
     ]
@@ -122,7 +122,7 @@ def _table(rows: Iterable[_Row]) -> Iterator[str]:
         if row.always or row.count or row.size:
             count = "" if row.count is None else f"{row.count:,}"
             size = "" if row.size is None else format_size(row.size)
-            yield f"    {row.label:<22}{count:>16}{size:>12}  {row.note}".rstrip()
+            yield f"    {row.label:<22}{count:>14}{size:>12}  {row.note}".rstrip()
 
 
 # ---- what was done

@@ -179,6 +179,8 @@ def test_direct_io_moves_a_mebibyte_at_once(daemon: Daemon, mnt: Path) -> None:
         "write_bytes": MIB,
         "reads": 1,
         "read_bytes": MIB,
+        "prp_entries": 2 * MIB // 4096,
+        "prp_list_pages": 2,
     }
 
 

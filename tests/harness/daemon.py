@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pmblkd import control, mounts
-from pmblkd.reports import NamespaceReport, ReloadReport, StatsReport, SwitchReport
+from pmblkd.reports import NamespaceReport, PoisonReport, ReloadReport, StatsReport, SwitchReport
 
 PMBLK = str(Path(sys.executable).with_name("pmblk"))
 START_SECONDS = 15
@@ -112,14 +112,25 @@ class Daemon:
 
     def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
         return control.ask(
-            self.socket, "switch", SwitchReport, name=name, kind=kind, options=options
+            self.socket,
+            "switch",
+            SwitchReport,
+            seconds=STOP_SECONDS,
+            name=name,
+            kind=kind,
+            options=options,
+        )
+
+    def poison(self, name: str, offset: int, length: int) -> PoisonReport:
+        return control.ask(
+            self.socket, "poison", PoisonReport, name=name, offset=offset, length=length
         )
 
     def reload(self, config: str | None = None) -> ReloadReport:
         """With another config, if there is one; `{dir}` in it stands for the directory."""
         if config is not None:
             self.config.write_text(config.replace("{dir}", str(self.directory)))
-        return control.ask(self.socket, "reload", ReloadReport)
+        return control.ask(self.socket, "reload", ReloadReport, seconds=STOP_SECONDS)
 
     def uri(self, name: str = "", *, socket_name: str = "nbd.sock") -> str:
         return f"nbd+unix:///{name}?socket={self.directory / socket_name}"

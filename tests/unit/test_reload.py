@@ -174,7 +174,7 @@ def as_served(one: NamespaceConfig) -> NamespaceConfig:
     return msgspec.structs.replace(one, size=one.size or UNIT, reserve=one.with_reserve)
 
 
-def carried_out(old: Config, steps: Plan) -> Config:
+def carried_out(old: Config, steps: Plan, *, default: str) -> Config:
     """What is served when every step has been taken."""
     served = {one.name: one for one in old.namespace if one.name not in steps.remove}
     for one in steps.switch:
@@ -183,7 +183,9 @@ def carried_out(old: Config, steps: Plan) -> Config:
     for one in steps.grow:
         served[one.name] = msgspec.structs.replace(served[one.name], size=one.size)
     served |= {one.name: as_served(one) for one in steps.add}
-    return msgspec.structs.replace(old, namespace=list(served.values()))
+    assert old.nbd is not None
+    nbd = msgspec.structs.replace(old.nbd, default=default)
+    return msgspec.structs.replace(old, namespace=list(served.values()), nbd=nbd)
 
 
 @given(CONFIGS)
@@ -198,7 +200,7 @@ def test_a_second_reload_does_nothing_and_names_what_was_refused_again(
 ) -> None:
     old = msgspec.structs.replace(first, namespace=[as_served(each) for each in first.namespace])
     made = plan(old, second)
-    again = plan(carried_out(old, made), second)
+    again = plan(carried_out(old, made, default=second.default_export), second)
     assert set(actions(again)) <= {"refused"}
     assert again.refused == made.refused
 

@@ -1,11 +1,13 @@
 """What the service does when things fail; that it starts and stops is tested end to end."""
 
 import errno
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from pmblk import PmblkError
 from pmblkd.config import Config, load
@@ -66,6 +68,31 @@ def test_a_start_that_fails_late_takes_everything_back(
     with pytest.raises(PmblkError, match="no"):
         trio.run(Service(directory / "c.toml", config).serve)
     assert [path.name for path in directory.iterdir()] == ["c.toml"]
+
+
+class Hanging:
+    """A reload that never ends by itself."""
+
+    async def reload(self, _nursery: trio.Nursery) -> None:
+        await trio.sleep_forever()
+
+
+async def test_a_stop_ends_the_reloads_and_who_asked_is_told(directory: Path) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Hanging()  # type: ignore[assignment]
+    told: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(WorkFailed) as failed:
+            await service._reload()
+        told.append(failed.value.message)
+
+    async with trio.open_nursery() as service._nursery:
+        service._nursery.start_soon(ask)
+        service._nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        service._stop(signal.SIGTERM)
+    assert told == ["the daemon stops", "the daemon stops"]
 
 
 def test_a_defect_beside_an_error_of_ours_is_not_hidden() -> None:

@@ -6,8 +6,9 @@ logarithmic there are dots.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pmblk.units import format_size
 from pmblkd.compare import figures, svg
@@ -234,6 +235,55 @@ def metadata_lines(results: Results) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plot:
+    """Two logarithmic axes, and where on the drawing a value lies on them."""
+
+    places: Sequence[int]
+    place_labels: Sequence[str]
+    ticks: Sequence[int]
+    right: float
+
+    left: ClassVar[float] = 62.0
+    height: ClassVar[float] = 300.0
+
+    def across(self, place: int) -> float:
+        first, last = self.places[0], self.places[-1]
+        share = svg.log_place(place, least=first, most=last) if first != last else 0.5
+        return self.left + 12 + share * (self.right - self.left - 24)
+
+    def up(self, value: float) -> float:
+        share = svg.log_place(value, least=self.ticks[0], most=self.ticks[-1])
+        return self.height - share * (self.height - 12)
+
+    def axes(self, words: str) -> Iterator[str]:
+        for tick in self.ticks:
+            height = self.up(tick)
+            yield svg.line(self.left, height, self.right, height, "grid")
+            yield svg.text(self.left - 6, height + 4, format_size(tick), "muted", anchor="end")
+        for place, label in zip(self.places, self.place_labels, strict=True):
+            across = self.across(place)
+            yield svg.text(across, self.height + 16, label, "muted", anchor="middle")
+        yield svg.text(self.right, self.height + 32, words, "muted", anchor="end")
+
+    def series(self, one: Series, *, is_over: bool) -> Iterator[str]:
+        """`is_over`: another line lies below, which shows through the gaps of this one."""
+        pairs = zip(self.places, one.values, strict=True)
+        points = [(self.across(place), self.up(value)) for place, value in pairs]
+        yield svg.polyline(points, f"line {style_of(one.name)}{' over' if is_over else ''}")
+        for x, y in points:
+            yield svg.circle(x, y, 4, f"dot {style_of(one.name)}")
+
+    def labels(self, labels: Sequence[tuple[str, float]]) -> Iterator[str]:
+        """Beside the ends of the lines, apart from each other."""
+        ends = [self.up(value) for _, value in labels]
+        start = self.across(self.places[-1]) + 6
+        places = svg.spaced(ends, LABEL_GAP)
+        for (words, _), end, place in zip(labels, ends, places, strict=True):
+            yield svg.line(start, end, self.right + 2, place, "leader")
+            yield svg.text(self.right + 6, place + 4, words, "label")
+
+
 def _lines(
     name: str,
     series: Sequence[Series],
@@ -244,49 +294,35 @@ def _lines(
     title: str,
     axis: str,
 ) -> str:
-    """A line for each series on two logarithmic axes; equal ones are one, dashed in each colour."""
+    """A line for each series; equal ones are one, dashed in each colour."""
     if not series:
         return ""
-    ticks = _around([value for one in series for value in one.values], ticks)
     labels = _merged(series)
-    right = LINES_WIDTH - svg.label_width(text for text, _ in labels) - 12
-    left, height = 62.0, 300.0
-
-    def across(place: int) -> float:
-        share = svg.log_place(place, least=places[0], most=places[-1]) if len(places) > 1 else 0.5
-        return left + 12 + share * (right - left - 24)
-
-    def up(value: float) -> float:
-        return height - svg.log_place(value, least=ticks[0], most=ticks[-1]) * (height - 12)
-
-    parts = [svg.line(left, up(tick), right, up(tick), "grid") for tick in ticks]
-    parts += [
-        svg.text(left - 6, up(tick) + 4, format_size(tick), "muted", anchor="end") for tick in ticks
-    ]
-    parts += [
-        svg.text(across(place), height + 16, text, "muted", anchor="middle")
-        for place, text in zip(places, place_labels, strict=True)
-    ]
-    parts.append(svg.text(right, height + 32, axis, "muted", anchor="end"))
-    seen: dict[tuple[float, ...], int] = {}
-    for one in series:
-        points = [(across(p), up(v)) for p, v in zip(places, one.values, strict=True)]
-        order = seen[tuple(one.values)] = seen.get(tuple(one.values), -1) + 1
-        parts.append(svg.polyline(points, f"line {style_of(one.name)}{' over' if order else ''}"))
-        parts += [svg.circle(x, y, 4, f"dot {style_of(one.name)}") for x, y in points]
-    wanted = [up(value) for _, value in labels]
-    for (text, value), place in zip(labels, svg.spaced(wanted, LABEL_GAP), strict=True):
-        end = across(places[-1])
-        parts.append(svg.line(end + 6, up(value), right + 2, place, "leader"))
-        parts.append(svg.text(right + 6, place + 4, text, "label"))
-    said = "; ".join(
-        f"{one.name} "
-        + ", ".join(
-            f"{format_size(int(v))} at {p}" for v, p in zip(one.values, place_labels, strict=True)
-        )
-        for one in series
+    plot = _Plot(
+        places=places,
+        place_labels=place_labels,
+        ticks=_around([value for one in series for value in one.values], ticks),
+        right=LINES_WIDTH - svg.label_width(words for words, _ in labels) - 12,
     )
-    return svg.drawing(name, LINES_WIDTH, height + 40, parts, title=title, description=said)
+    parts = list(plot.axes(axis))
+    seen: set[tuple[float, ...]] = set()
+    for one in series:
+        parts += plot.series(one, is_over=tuple(one.values) in seen)
+        seen.add(tuple(one.values))
+    parts += plot.labels(labels)
+    return svg.drawing(
+        name,
+        LINES_WIDTH,
+        plot.height + 40,
+        parts,
+        title=title,
+        description="; ".join(_values_said(one, place_labels) for one in series),
+    )
+
+
+def _values_said(series: Series, place_labels: Sequence[str]) -> str:
+    pairs = zip(series.values, place_labels, strict=True)
+    return f"{series.name} " + ", ".join(f"{format_size(int(v))} at {p}" for v, p in pairs)
 
 
 def _around(values: Sequence[float], ticks: Sequence[int]) -> list[int]:

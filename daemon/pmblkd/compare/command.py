@@ -26,8 +26,8 @@ from pmblkd.compare.matrix import Row, rows
 from pmblkd.compare.progress import Progress, duration
 from pmblkd.compare.results import DeviceFacts, Results, Setup, encode
 from pmblkd.compare.summary import summary
-from pmblkd.config import Config, NamespaceConfig, did_you_mean
-from pmblkd.errors import WorkFailed
+from pmblkd.config import Config, NamespaceConfig
+from pmblkd.errors import WorkFailed, did_you_mean
 from pmblkd.reports import NamespaceReport
 
 SIZE_MAX = 1 << 30

@@ -12,9 +12,15 @@ OPEN_SECONDS_MAX = 0.1
 RESIDENT_BYTES_MAX = 50 << 20
 
 
+def has_limits(facts: DeviceFacts) -> bool:
+    """Whether the limits are for it, and it was measured."""
+    of_kind = facts.kind in LIMITED_KINDS and facts.file_bytes == LIMITED_FILE_BYTES
+    return of_kind and not facts.skipped
+
+
 def misses(facts: DeviceFacts) -> list[str]:
-    """What is over its limit, in words; nothing for devices and kinds without limits."""
-    if facts.file_bytes != LIMITED_FILE_BYTES or facts.kind not in LIMITED_KINDS or facts.skipped:
+    """What is over its limit, in words; nothing where there are no limits."""
+    if not has_limits(facts):
         return []
     found = []
     if facts.open_seconds >= OPEN_SECONDS_MAX:

@@ -12,7 +12,7 @@ from pmblk.units import format_size
 from pmblkd.compare import figures
 from pmblkd.compare.contenders import Contender
 from pmblkd.compare.figures import Figure
-from pmblkd.compare.limits import LIMITED_FILE_BYTES, misses
+from pmblkd.compare.limits import LIMITED_FILE_BYTES, has_limits, misses
 from pmblkd.compare.matrix import PATH_TITLES, Row
 from pmblkd.compare.results import DeviceFacts, Results, Sample
 from pmblkd.compare.spread import spread
@@ -254,13 +254,14 @@ def _pauses(results: Results) -> Iterator[str]:
 
 
 def _limits(results: Results) -> Iterator[str]:
-    limited = [one for one in results.devices if one.file_bytes == LIMITED_FILE_BYTES]
+    limited = [one for one in results.devices if has_limits(one)]
     missed = [said for facts in limited for said in misses(facts)]
     size = format_size(LIMITED_FILE_BYTES)
     if missed:
         yield f"Missed at {size}, where 100 ms and 50 MiB are the limits: {_and(missed)}."
     elif limited:
-        yield f"extent, pfn and transient-page open {size} within 100 ms and 50 MiB."
+        names = _and([one.contender for one in limited])
+        yield f"Within the limits of 100 ms and 50 MiB for opening {size}: {names}."
 
 
 def _noise(results: Results) -> Iterator[str]:
