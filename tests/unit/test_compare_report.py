@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmblk import PmblkError
+from pmblk.representations import KINDS
 from pmblkd.compare import figures, markdown, page
 from pmblkd.compare.matrix import ROWS
 from pmblkd.compare.results import Results, encode, load
@@ -229,6 +230,13 @@ def test_words_from_outside_are_only_words(evil: str) -> None:
 def test_a_report_of_a_part_is_a_report(paths: tuple[str, ...], variants: bool) -> None:
     rows = [row for row in ROWS if row.path in paths][:3]
     made = results(rows=rows, variants=variants, devices=[], rounds=1)
+    Page(page.report(made))
+    assert markdown.report(made).startswith("# ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_report_of_one_representation_is_a_report(kind: str) -> None:
+    made = results(only=[kind], variants=False)
     Page(page.report(made))
     assert markdown.report(made).startswith("# ")
 

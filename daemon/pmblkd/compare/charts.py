@@ -326,10 +326,10 @@ def _values_said(series: Series, place_labels: Sequence[str]) -> str:
 
 
 def _around(values: Sequence[float], ticks: Sequence[int]) -> list[int]:
-    """Those of the ticks that it takes to have all values between the first and the last."""
-    below = [tick for tick in ticks if tick <= min(values)]
-    above = [tick for tick in ticks if tick >= max(values)]
-    return [tick for tick in ticks if below[-1] <= tick <= above[0]]
+    """Those of the ticks that it takes to have all values between the first and the last; two."""
+    first = max(index for index, tick in enumerate(ticks) if tick <= min(values))
+    last = min(index for index, tick in enumerate(ticks) if tick >= max(values))
+    return list(ticks[first : max(last, first + 1) + 1])
 
 
 def _merged(series: Sequence[Series]) -> list[tuple[str, float]]:

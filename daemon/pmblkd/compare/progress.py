@@ -26,6 +26,7 @@ class Progress:
             console=Console(highlight=False, markup=False),
             disable=not sys.stdout.isatty(),
             expand=True,
+            refresh_per_second=2,  # what is measured shares the CPUs with it
         )
         self._task = self._bar.add_task("", total=steps, left="")
 
