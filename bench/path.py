@@ -1,8 +1,9 @@
-"""What Python costs on the path of a 4 KiB read, step by step, and what the path does without.
+"""What Python costs on the path of an I/O, step by step, and what the path does without.
 
-`python -m bench.path`: microseconds a command for each step, by batch size; then what a task, a
-thread and a turn of the event loop cost, which the path avoids. No socket is involved, so this is
-the time between `recv` and `sendmsg`.
+`python -m bench.path`: microseconds a command for each step of a 4 KiB read, by batch size; what
+each representation takes to hold and release memory, and to write it, beside a path that has none;
+and what a task, a thread and a turn of the event loop cost, which the path avoids. No socket is
+involved, so this is the time between `recv` and `sendmsg`.
 """
 
 import random
@@ -12,9 +13,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from pmblk import Namespace
-from pmblk.media import create, open_media
-from pmblk.representations import make, parse_options
+from bench.bare import BareNamespace
+from pmblk import Command, Namespace
+from pmblk.media import Media, create, open_media
+from pmblk.nvme.command import READ, WRITE
+from pmblk.representations import Representation, make, parse_options
+from pmblk.units import format_size
 from pmblkd.nbd.replies import ReplyEncoder
 from pmblkd.nbd.requests import RequestStream
 from tests.harness.daemon import scratch
@@ -78,19 +82,71 @@ async def avoided() -> dict[str, float]:
     }
 
 
+# ---- what describing memory costs
+
+CONTENDERS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("page-cache", {"arena": "256MiB"}),
+    ("struct-page", {}),
+    ("struct-page", {"compound": "2MiB"}),
+    ("transient-page", {}),
+    ("pfn", {}),
+    ("extent", {}),
+    ("extent", {"fragments": 1024}),
+)
+BLOCKS = (4096, 128 << 10, 1 << 20)
+BATCH = 8
+BEST_OF = 15
+
+
+def costs_us(namespace: Namespace, opcode: int, block: int) -> float:
+    """Microseconds an I/O, the least of several runs: hold and release, or write."""
+    payload = memoryview(bytes(block))
+    offsets = [random.randrange(SIZE // block) * block for _ in range(BATCH)]
+    best = float("inf")
+    rounds = max(4, (8 << 20) // block // BATCH)
+    for _ in range(BEST_OF):
+        started = time.perf_counter()
+        for _ in range(rounds):
+            commands = [
+                Command(opcode, 0, offset, block, payload=None if opcode == READ else payload)
+                for offset in offsets
+            ]
+            assert not namespace.execute(commands)
+            namespace.release(commands)
+        best = min(best, time.perf_counter() - started)
+    return best / rounds / BATCH * 1e6
+
+
+def print_costs(media: Media) -> None:
+    titles = [f"{name} {format_size(block)}" for name in ("read", "write") for block in BLOCKS]
+    print("\nus an I/O" + " " * 25 + "".join(f"{title:>15}" for title in titles))
+    bare = BareNamespace("a", media, _made(media, "extent", {}), lba_bytes=BLOCK)
+    rows: list[tuple[str, Namespace]] = [("without a representation", bare)]
+    for kind, options in CONTENDERS:
+        name = " ".join([kind, *(f"{key}={value}" for key, value in options.items())])
+        made = _made(media, kind, options)
+        rows.append((name, Namespace("a", media, made, lba_bytes=BLOCK)))
+    for name, namespace in rows:
+        costs = [costs_us(namespace, opcode, block) for opcode in (READ, WRITE) for block in BLOCKS]
+        print(f"{name:34}" + "".join(f"{cost:15.2f}" for cost in costs))
+
+
+def _made(media: Media, kind: str, options: dict[str, object]) -> Representation:
+    return make(kind, media, parse_options(kind, options))
+
+
 def main() -> None:
     with scratch() as directory:
         create(directory / "a.img", SIZE)
         media = open_media(directory / "a.img")
         media.reserve(0, SIZE)
-        namespace = Namespace(
-            "a", media, make("extent", media, parse_options("extent")), lba_bytes=BLOCK
-        )
+        namespace = Namespace("a", media, _made(media, "extent", {}), lba_bytes=BLOCK)
         print("us a command    " + "".join(f"{step:>10}" for step in (*STEPS, "all")))
         for batch_size in BATCHES:
             costs = steps_us(namespace, batch_size)
             row = "".join(f"{cost:10.2f}" for cost in (*costs, sum(costs)))
             print(f"batches of {batch_size:<4} {row}")
+        print_costs(media)
         media.close()
     print()
     for name, cost in trio.run(avoided).items():

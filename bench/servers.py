@@ -73,13 +73,13 @@ class Server:
 def running(name: str) -> Iterator[Server]:
     """The server of that name, ready for clients."""
     with scratch() as directory:
-        _allocate(directory / "media")
+        allocate(directory / "media")
         start = {OURS: _pmblk, CEILING: _ceiling}.get(name) or functools.partial(_peer, name)
         with start(directory) as server:
             yield server
 
 
-def _allocate(file: Path) -> None:
+def allocate(file: Path) -> None:
     """Every page is there, so that no server pays for a page's first use."""
     with file.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, FILE_BYTES)
@@ -207,7 +207,7 @@ def _turn(handle: "nbd.NBD", unfinished: Callable[[], bool]) -> None:
 def first_io_seconds() -> float:
     """From the exec of `pmblk serve` to a client that has connected and read 4 KiB."""
     with scratch() as directory:
-        _allocate(directory / "media")
+        allocate(directory / "media")
         daemon = _configured(directory)
         begun = time.monotonic()
         with _started(daemon):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from pmblk import Namespace, PmblkError, description, switching
+from pmblk import Namespace, PmblkError, description, saving, switching
+from pmblk.media.member import open_member
 from pmblk.nvme.data_pointer import PrpList, Sgl
 from pmblk.pages import PAGE_BYTES, span
 from pmblk.representations import Representation
@@ -17,7 +18,7 @@ from pmblkd.errors import RepresentationError, WorkFailed
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
-from pmblkd.questions import NamespaceQuestion, RangeQuestion, SwitchQuestion
+from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
 from pmblkd.registry import Device, Registry
 from pmblkd.reports import (
     DescriptionReport,
@@ -27,6 +28,7 @@ from pmblkd.reports import (
     PrpReport,
     RepresentationReport,
     Run,
+    SaveReport,
     SglReport,
     StatsReport,
     SwitchReport,
@@ -45,6 +47,7 @@ class Answers:
             "switch": Handler(SwitchQuestion, self._switch),
             "describe": Handler(RangeQuestion, self._describe),
             "poison": Handler(RangeQuestion, self._poison),
+            "save": Handler(SaveQuestion, self._save),
         }
 
     async def _stats(self, question: NamespaceQuestion) -> StatsReport:
@@ -83,6 +86,19 @@ class Answers:
         end = min((first + count) * PAGE_BYTES, namespace.size)
         offset = first * PAGE_BYTES
         return PoisonReport(name=namespace.name, offset=offset, length=end - offset)
+
+    async def _save(self, question: SaveQuestion) -> SaveReport:
+        with self._registry.named(question.name).used() as namespace:
+            member = open_member(Path(question.target), needed_bytes=namespace.size)
+            try:
+                saved = await saving.save(namespace, member)
+            except PmblkError as error:
+                raise WorkFailed(error.message, hint=error.hint) from error
+            finally:
+                member.close()
+        return SaveReport(
+            name=question.name, target=question.target, **msgspec.structs.asdict(saved)
+        )
 
     def _find(self, name: str) -> Namespace:
         return self._registry.named(name).namespace

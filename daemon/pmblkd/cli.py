@@ -34,6 +34,7 @@ from pmblkd.reports import (
     PoisonReport,
     ReloadReport,
     Report,
+    SaveReport,
     StatsReport,
     SwitchReport,
 )
@@ -60,6 +61,7 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="For machine
 Offset = Annotated[str, Parameter(help="Where it begins: bytes, or KiB, MiB, GiB, TiB.")]
 Length = Annotated[str, Parameter(help="How long it is: bytes, or KiB, MiB, GiB, TiB.")]
 CHANGE_SECONDS = 300  # a large page table takes its time
+SAVE_SECONDS = 24 * 3600
 DEFAULT_SOCKET = Path(configuration.ControlConfig().socket)
 
 
@@ -166,6 +168,25 @@ def poison(
     where = {"offset": _size("--offset", offset), "length": _size("--length", length)}
     report = control.ask(socket, "poison", PoisonReport, name=name, **where)
     _print(report, views.poisoned(report), json=json)
+
+
+@app.command
+def save(
+    name: str,
+    target: Annotated[Path, Parameter(help="A block device, or a file to make or empty.")],
+    /,
+    *,
+    socket: Socket = DEFAULT_SOCKET,
+    json: AsJson = False,
+) -> None:
+    """Copy a namespace to a file or block device, straight from its memory (O_DIRECT).
+
+    Clients go on meanwhile: stop writers first, or freeze the file system, to get one moment.
+    """
+    report = control.ask(
+        socket, "save", SaveReport, seconds=SAVE_SECONDS, name=name, target=str(target.absolute())
+    )
+    _print(report, views.saved(report), json=json)
 
 
 @app.command

@@ -31,3 +31,9 @@ class RangeQuestion(NamespaceQuestion, frozen=True):
 
     offset: int
     length: int
+
+
+class SaveQuestion(NamespaceQuestion, frozen=True):
+    """`save`: all of one namespace to a file or block device; an absolute path."""
+
+    target: str

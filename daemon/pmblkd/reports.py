@@ -127,6 +127,17 @@ class PoisonReport(Report, frozen=True):
     length: int
 
 
+class SaveReport(Report, frozen=True):
+    """A namespace was copied. `copied_bytes` are what its representation copied on the way."""
+
+    name: str
+    target: str
+    written_bytes: int
+    hole_bytes: int
+    copied_bytes: int
+    seconds: float
+
+
 class Refusal(Report, frozen=True):
     """A change of the config that was not made, and why; what was served before still is."""
 

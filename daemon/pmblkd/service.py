@@ -224,6 +224,9 @@ class Service:
             await self._reload()
         except PmblkError as error:
             _log.error("the config was not reloaded", reason=str(error))
+        except Exception:
+            # A defect of ours in a reload must not take the devices away.
+            _log.exception("the config was not reloaded")
         finally:
             self._signalled_reloads -= 1
 
@@ -235,6 +238,8 @@ class Service:
         assert self._reloader is not None
         assert self._nursery is not None
         with trio.CancelScope() as scope:
+            if self._stopping:
+                scope.cancel()
             self._reloads.add(scope)
             systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:

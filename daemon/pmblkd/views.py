@@ -15,6 +15,7 @@ from pmblkd.reports import (
     ReloadReport,
     RepresentationReport,
     Run,
+    SaveReport,
     SglReport,
     StatsReport,
     SwitchReport,
@@ -145,6 +146,15 @@ def reloaded(report: ReloadReport) -> str:
     lines += [f"{key}: changed" for key in report.changed]
     lines += [f"{refusal.key}: refused, {refusal.reason}" for refusal in report.refused]
     return "\n".join(lines) or "nothing has changed"
+
+
+def saved(report: SaveReport) -> str:
+    rate = report.written_bytes / report.seconds if report.seconds else 0
+    return (
+        f"{report.name}: {format_size(report.written_bytes)} written to {report.target} in "
+        f"{report.seconds:.1f} s ({format_size(int(rate))}/s), {format_size(report.hole_bytes)} of "
+        f"holes, {format_size(report.copied_bytes)} copied on the way"
+    )
 
 
 def poisoned(report: PoisonReport) -> str:

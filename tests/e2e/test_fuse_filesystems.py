@@ -72,7 +72,15 @@ def setting(device: Path, name: str) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "representation"),
-    [("ext4", "extent"), ("ext4", "page-cache"), ("xfs", "extent"), ("btrfs", "page-cache")],
+    [
+        ("ext4", "extent"),
+        ("ext4", "page-cache"),
+        ("xfs", "extent"),
+        ("btrfs", "page-cache"),
+        ("ext4", "struct-page"),
+        ("xfs", "transient-page"),
+        ("btrfs", "pfn"),
+    ],
 )
 def test_a_file_system_keeps_what_was_written(kind: str, representation: str) -> None:
     with served(representation) as daemon, attached(daemon, "data") as device:
@@ -173,7 +181,7 @@ def test_the_check_for_lost_files_finds_each_kind_of_loss(tmp_path: Path) -> Non
     assert fsync_writer.lost(tmp_path, ["begun b v1 100"]) == []  # nobody said that it is kept
 
 
-@pytest.mark.parametrize("representation", ["extent", "page-cache"])
+@pytest.mark.parametrize("representation", ["extent", "page-cache", "struct-page"])
 def test_nothing_that_was_fsynced_is_lost_when_the_daemon_is_killed(representation: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

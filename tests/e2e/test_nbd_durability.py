@@ -25,7 +25,13 @@ pytestmark = pytest.mark.e2e
 
 MIB = 1 << 20
 SECONDS = 20
-KINDS = {"extent": '"extent"', "page-cache": '{ kind = "page-cache", arena = "1MiB" }'}
+KINDS = {
+    "extent": '"extent"',
+    "page-cache": '{ kind = "page-cache", arena = "1MiB" }',
+    "struct-page": '"struct-page"',
+    "transient-page": '{ kind = "transient-page", pool_pages = 256 }',
+    "pfn": '"pfn"',
+}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.e2e
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 64 * MIB
 BLOCK = 4 * KIB
-KINDS = {"extent": '"extent"', "page-cache": '{ kind = "page-cache", arena = "1MiB" }'}
+KINDS = {
+    "extent": '"extent"',
+    "page-cache": '{ kind = "page-cache", arena = "1MiB" }',
+    "struct-page": '"struct-page"',
+    "transient-page": '{ kind = "transient-page", pool_pages = 256 }',
+    "pfn": '"pfn"',
+}
 LEVELS = {"tmpfs": "memory", "ext4": "file", "ext4-1k": "file"}
 
 

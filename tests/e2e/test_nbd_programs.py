@@ -24,8 +24,17 @@ pytestmark = pytest.mark.e2e
 
 SIZE = 32 << 20
 MIB = 1 << 20
-KINDS = {"extent": '"extent"', "cache": '{ kind = "page-cache", arena = "1MiB" }'}
-NAMES = [f"{kind}-{lba}" for kind in KINDS for lba in (512, 4096)]
+KINDS = {
+    "extent": '"extent"',
+    "cache": '{ kind = "page-cache", arena = "1MiB" }',
+    "struct": '{ kind = "struct-page", compound = "2MiB" }',
+    "transient": '{ kind = "transient-page", pool_pages = 256 }',
+    "pfn": '"pfn"',
+}
+NAMES = [
+    *(f"{kind}-{lba}" for kind in ("extent", "cache") for lba in (512, 4096)),
+    *("struct-4096", "transient-512", "pfn-4096"),
+]
 
 
 def _namespace(name: str) -> str:

@@ -25,8 +25,16 @@ STOP_SECONDS = 30
 class Daemon:
     """`pmblk serve` on a config file. `log` is what it wrote to standard error so far."""
 
-    def __init__(self, directory: Path, config: str, *, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: str,
+        *,
+        overrides: Sequence[str] = (),
+        program: Sequence[str] = (PMBLK, "serve"),
+    ) -> None:
         self.directory = directory
+        self._program = program
         self.config = directory / "pmblk.toml"
         self.config.write_text(config)
         self.socket = directory / "control.sock"
@@ -59,7 +67,7 @@ class Daemon:
             started = time.monotonic()
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [PMBLK, "serve", str(self.config), *sets],
+                    [*self._program, str(self.config), *sets],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -14,7 +14,7 @@ from pmblkd.config import Config, load
 from pmblkd.errors import WorkFailed, only_ours
 from pmblkd.nbd.server import NbdServer
 from pmblkd.service import Service
-from tests.unit.conftest import MakeNamespace, registered
+from tests.unit.conftest import LogRecord, MakeNamespace, registered
 
 
 def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
@@ -93,6 +93,30 @@ async def test_a_stop_ends_the_reloads_and_who_asked_is_told(directory: Path) ->
         await trio.testing.wait_all_tasks_blocked()
         service._stop(signal.SIGTERM)
     assert told == ["the daemon stops", "the daemon stops"]
+
+
+async def test_a_daemon_that_stops_takes_no_reload(directory: Path) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Hanging()  # type: ignore[assignment]
+    service._stop(signal.SIGTERM)
+    async with trio.open_nursery() as service._nursery:
+        with pytest.raises(WorkFailed, match="the daemon stops"):
+            await service._reload()
+
+
+class Defective:
+    async def reload(self, _nursery: trio.Nursery) -> None:
+        raise ZeroDivisionError
+
+
+async def test_a_defect_in_a_reload_is_logged_and_the_daemon_lives(
+    directory: Path, logged: LogRecord
+) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Defective()  # type: ignore[assignment]
+    async with trio.open_nursery() as service._nursery:
+        await service._reload_signalled()
+    assert logged.expect("the config was not reloaded")["exc_info"]
 
 
 def test_a_defect_beside_an_error_of_ours_is_not_hidden() -> None:

@@ -13,6 +13,7 @@ becomes free with the last unpin.
 
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from pmblk.representations.page_table import (
     HALVES,
     REFCOUNT_HALF,
     REFERENCED,
+    SCALAR_PAGES,
     WORDS,
     PageTable,
     anonymous,
@@ -64,6 +66,7 @@ class PageCacheRepresentation(Representation):
         self._dirty: set[int] = set()  # pages
         self._free = list(range(self._frames - 1, -1, -1))
         self._hand = 0
+        self._orphans = 0  # frames without a page that somebody still holds
         self._hits = self._misses = self._write_backs = self._waits = self._copied = 0
         self._pins = self._unpins = self._peak = self._iovecs = self._runs = 0
 
@@ -95,6 +98,11 @@ class PageCacheRepresentation(Representation):
 
         `fill`: with what the pages hold; without it, pages that the range covers in part only.
         """
+        first, count = pages.span(offset, length)
+        if count > SCALAR_PAGES:
+            cached = list(map(self._frame_of.get, range(first, first + count)))
+            if None not in cached:
+                return self._pin_cached(cached)
         frames: list[int] = []
         references = self._table.half_items
         try:
@@ -112,6 +120,16 @@ class PageCacheRepresentation(Representation):
         self._pins += len(frames)
         return frames
 
+    def _pin_cached(self, frames: Any) -> list[int]:
+        """Many hits at once."""
+        at = np.array(frames)
+        self._table.refcounts[at] += 1
+        self._table.flags[at] |= np.uint64(REFERENCED)
+        self._hits += len(frames)
+        self._pins += len(frames)
+        found: list[int] = frames
+        return found
+
     def _drop(self, frames: list[int], offset: int, length: int, *, filled: bool) -> None:
         """Undo `_pinned_frames`: whole pages that never got their bytes are dropped."""
         for frame, (position, piece) in zip(frames, pages.pieces(offset, length), strict=False):
@@ -122,25 +140,27 @@ class PageCacheRepresentation(Representation):
 
     def _views(self, offset: int, length: int, frames: list[int]) -> list[memoryview]:
         """The range in the arena; frames that are neighbours there make one view."""
-        views: list[memoryview] = []
-        head = offset % PAGE_BYTES
-        start = frames[0]
-        following = start + 1
-        for frame in frames[1:]:
-            if frame != following:
-                views.append(self._arena[start * PAGE_BYTES + head : following * PAGE_BYTES])
-                start, head = frame, 0
-            following = frame + 1
-        end = (following - 1) * PAGE_BYTES + (offset + length - 1) % PAGE_BYTES + 1
-        views.append(self._arena[start * PAGE_BYTES + head : end])
-        self._runs += len(views)
+        arena = self._arena
+        head, tail = offset % PAGE_BYTES, -(offset + length) % PAGE_BYTES
+        runs = _runs(frames)
+        self._runs += len(runs)
+        if len(runs) == 1:
+            (first, last) = runs[0]
+            return [arena[first * PAGE_BYTES + head : (last + 1) * PAGE_BYTES - tail]]
+        views = [arena[first * PAGE_BYTES : (last + 1) * PAGE_BYTES] for first, last in runs]
+        views[0] = views[0][head:]
+        views[-1] = views[-1][: len(views[-1]) - tail]
         return views
 
     def _unpin(self, frames: list[int]) -> None:
         self._unpins += len(frames)
+        if len(frames) > SCALAR_PAGES and not self._orphans:
+            self._table.refcounts[np.array(frames)] -= 1
+            return
         for frame in frames:
             if not self._table.unpin_one(frame) and self._page_of[frame] == _NO_PAGE:
                 self._free.append(frame)
+                self._orphans -= 1
 
     # ---- writing: into frames
 
@@ -277,7 +297,9 @@ class PageCacheRepresentation(Representation):
         frame = self._frame_of.pop(page)
         self._page_of[frame] = _NO_PAGE
         self._dirty.discard(page)
-        if not self._table.half_items[frame * HALVES + REFCOUNT_HALF]:
+        if self._table.half_items[frame * HALVES + REFCOUNT_HALF]:
+            self._orphans += 1
+        else:
             self._free.append(frame)
 
     # ---- what it cost
@@ -303,3 +325,21 @@ class PageCacheRepresentation(Representation):
             dirty_bytes=len(self._dirty) * PAGE_BYTES,
             poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
         )
+
+
+def _runs(frames: list[int]) -> list[tuple[int, int]]:
+    """The frames as (first, last) of what lies side by side in the arena, in the order given."""
+    if len(frames) > SCALAR_PAGES:
+        numbers = np.array(frames)
+        borders = np.flatnonzero(np.diff(numbers) != 1)
+        firsts = numbers[np.concatenate(([0], borders + 1))].tolist()
+        lasts = numbers[np.concatenate((borders, [len(frames) - 1]))].tolist()
+        return list(zip(firsts, lasts, strict=True))
+    runs = [(frames[0], frames[0])]
+    for frame in frames[1:]:
+        first, last = runs[-1]
+        if frame == last + 1:
+            runs[-1] = (first, frame)
+        else:
+            runs.append((frame, frame))
+    return runs

@@ -1,0 +1,95 @@
+"""Copying a namespace to a file or a block device, straight from the memory it is in.
+
+Each piece is held like a read, and the views that the representation yields are what the device
+writes from (O_DIRECT): no byte is copied on the way, but where the representation itself copies.
+Clients go on meanwhile, so this is what `dd` of a live disk is: a moment in time only when nobody
+writes.
+"""
+
+import mmap
+from collections.abc import Sequence
+
+import msgspec
+import trio
+
+from pmblk.errors import PmblkError
+from pmblk.media.member import Member
+from pmblk.namespace import Namespace
+from pmblk.nvme.command import READ, Command, Hole, Segment
+from pmblk.pages import PAGE_BYTES
+from pmblk.ranges import slices
+
+PIECE_BYTES = 1 << 20
+
+_ZEROES = memoryview(mmap.mmap(-1, PIECE_BYTES))  # page aligned, as O_DIRECT wants it
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
+    """`copied_bytes`: by the representation, while this went on."""
+
+    written_bytes: int
+    hole_bytes: int
+    copied_bytes: int
+    seconds: float
+
+
+async def save(namespace: Namespace, member: Member) -> Saved:
+    """All of the namespace to the start of `member`, durably. Raises PmblkError.
+
+    Holes are skipped where the target is a file that was empty, and written as zeroes else.
+    """
+    begun = trio.current_time()
+    copied = namespace.representation.counters().bytes_copied
+    holes = 0
+    limit = namespace.representation.io_bytes_max or PIECE_BYTES
+    piece_bytes = min(PIECE_BYTES, limit & -PAGE_BYTES)
+    try:
+        for offset, length in slices(0, namespace.size, slice_bytes=piece_bytes):
+            holes += await _save_piece(namespace, member, offset, length)
+        await trio.to_thread.run_sync(member.finish, namespace.size)
+    except OSError as error:
+        raise PmblkError(
+            f"{namespace.name} is not saved: {member.path}: {error.strerror}",
+            hint="is its block size a divisor of the namespace's size?",
+        ) from error
+    return Saved(
+        written_bytes=namespace.size - (holes if member.size is None else 0),
+        hole_bytes=holes,
+        copied_bytes=namespace.representation.counters().bytes_copied - copied,
+        seconds=trio.current_time() - begun,
+    )
+
+
+async def _save_piece(namespace: Namespace, member: Member, offset: int, length: int) -> int:
+    """One piece; the bytes of it that are holes."""
+    read = Command(READ, 0, offset, length)
+    waiting = namespace.execute((read,))
+    if waiting:
+        await namespace.complete(waiting)
+    try:
+        if read.status:
+            raise PmblkError(
+                f"{namespace.name} is not saved: it cannot be read at {offset}",
+                hint="write those blocks anew, if they are poisoned",
+            )
+        segments = read.segments or ()
+        await trio.to_thread.run_sync(_write, member, offset, segments)
+    finally:
+        namespace.release((read,))
+    return sum(segment.length for segment in segments if isinstance(segment, Hole))
+
+
+def _write(member: Member, offset: int, segments: "Sequence[Segment]") -> None:
+    """In a worker thread. Neighbouring views go out together."""
+    views: list[memoryview] = []
+    start = position = offset
+    for segment in segments:
+        if isinstance(segment, Hole) and member.size is None:
+            member.write(start, views)
+            views, position = [], position + segment.length
+            start = position
+            continue
+        view = _ZEROES[: segment.length] if isinstance(segment, Hole) else segment
+        views.append(view)
+        position += len(view)
+    member.write(start, views)
