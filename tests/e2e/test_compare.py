@@ -130,14 +130,13 @@ def test_only_the_page_cache_copies(results: Results) -> None:
 
 
 def test_descriptors_of_a_read_are_what_the_representation_promises(results: Results) -> None:
-    pages = {"4k": 1, "1m": 256}
     for sample in results.samples:
-        path, block, way, _ = sample.row.split("-")
-        if way != "read":
+        if "read" not in sample.row:
             continue
-        blocks = sample.transferred_bytes / (pages[block] * 4096)
-        built = sample.descriptors / blocks
-        assert built == (1 if sample.contender == "extent" else pages[block]), (path, sample)
+        # The kernel may cut a request for a loop device: an extent for each part, pages as before.
+        pages = sample.transferred_bytes // 4096
+        expected = sample.commands if sample.contender == "extent" else pages
+        assert sample.descriptors == expected, sample
 
 
 def test_the_large_devices_have_the_figures_of_the_question(results: Results) -> None:
