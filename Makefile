@@ -2,13 +2,14 @@
 # make test   everything that CI runs
 # make check  the fast part: format, lint, types, layers, unit and property tests
 # make bench  the figures in docs/, side by side with the peers
+# make compare  the representations side by side: a report in pmblk-compare/
 
 PYTHON := .venv/bin/python
 PREFIX ?= /usr/local
 # Mounting and loop devices take root; the unit tests do not.
 ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: setup demo check test bench lock install clean
+.PHONY: setup demo check test bench compare lock install clean
 
 setup:
 	@.ci/setup
@@ -29,6 +30,9 @@ test: check
 
 bench: setup
 	$(PYTHON) -m bench.nbd
+
+compare: setup
+	$(ROOT) .venv/bin/pmblk compare configs/demo.toml
 
 lock:
 	.ci/lock

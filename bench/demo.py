@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import fio
 from bench.demo_steps import CheckFailed, Demo, Outcome
 from pmblk import PmblkError
+from pmblkd.compare import fio
 from tests.harness import file_systems
 from tests.harness.daemon import scratch
 

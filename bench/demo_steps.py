@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.harness import file_systems
 from tests.harness.daemon import Daemon
 

@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import cpu, fio, report, servers
+from bench import awake, report, servers
 from bench.rows import OURS, ROWS, Results, Row, Sample
 from bench.servers import Server
+from pmblkd.compare import cpu, fio, machine
 
 FIRST_IO_STARTS = 5
 FIO_EXTRA_SECONDS = 30  # on top of its run time, before it is killed
@@ -85,12 +86,12 @@ def _write(file: Path, section: str, *, dry: bool = False) -> None:
 def _run(arguments: argparse.Namespace, rows: Sequence[Row]) -> report.Run:
     first_io = list(_first_io())
     return report.Run(
-        machine=_machine(),
+        machine=machine.machine(),
         versions=_versions(),
         date=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         command=shlex.join(["python", "-m", "bench.nbd", *sys.argv[1:]]),
         servers=_server_lines(),
-        spinners=cpu.spinners_text(),
+        spinners=awake.spinners_text(),
         seconds=arguments.seconds,
         rounds=arguments.rounds,
         results=_measure(rows, arguments.seconds, arguments.rounds),
@@ -124,7 +125,7 @@ def _measure_row(
     row: Row, up: dict[str, Server], seconds: float, rounds: int
 ) -> dict[str, list[Sample]]:
     samples: dict[str, list[Sample]] = {name: [] for name in row.servers}
-    with cpu.awake() if row.awake else contextlib.nullcontext():
+    with awake.awake() if row.awake else contextlib.nullcontext():
         for index in range(rounds):
             for name in _turn(list(row.servers), index):
                 samples[name].append(_sample(row, up[name], seconds))
@@ -187,30 +188,10 @@ def _load(row: Row, seconds: float) -> list[str]:
 # ---- where it was
 
 
-def _machine() -> str:
-    model = _first(re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M))
-    cpus = len(os.sched_getaffinity(0))
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {cpus} CPUs, {gib:.0f} GiB, Linux {platform.release()}"
-
-
 def _versions() -> str:
-    commit = _output("git", "describe", "--always", "--dirty") or "of no commit"
-    tools = [_number(name) for name in ("fio", "nbdkit", "qemu-nbd")]
+    commit = machine.output("git", "describe", "--always", "--dirty") or "of no commit"
+    tools = [machine.program_version(name) for name in ("fio", "nbdkit", "qemu-nbd")]
     return ", ".join([f"{OURS} {commit}", *tools, f"Python {platform.python_version()}"])
-
-
-def _number(program: str) -> str:
-    return f"{program} {_first(re.search(r'([0-9][0-9.]+)', _output(program, '--version')))}"
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK_SECONDS)
-    return done.stdout.strip()
-
-
-def _first(match: "re.Match[str] | None") -> str:
-    return match[1] if match else "unknown"
 
 
 def _server_lines() -> list[str]:

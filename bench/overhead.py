@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from bench import cpu, fio, servers
+from bench import servers
 from pmblk.representations import KINDS
+from pmblkd.compare import cpu, fio
 from tests.harness.daemon import PMBLK, Daemon, scratch
 
 BARE = "none"

@@ -12,7 +12,6 @@ from bench.rows import (
     Results,
     Row,
     Samples,
-    Spread,
     client_share,
     cpu_us,
     iops,
@@ -20,8 +19,8 @@ from bench.rows import (
     others,
     ratio,
     server_share,
-    spread,
 )
+from pmblkd.compare.spread import Spread, spread
 
 QUIET_SHARE_MIDDLE, QUIET_SHARE_MOST = 0.05, 0.25  # of one CPU, in the hands of others
 BEGIN, END = "<!-- bench:nbd begin -->", "<!-- bench:nbd end -->"

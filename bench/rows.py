@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from statistics import median
+
+from pmblkd.compare.spread import Spread, spread
 
 OURS = "pmblk"
 PEER = "nbdkit"  # the targets are against this one
@@ -19,7 +20,7 @@ FIRST_IO_SECONDS_MAX = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One load. `awake`: no CPU may sleep meanwhile (see servers.awake)."""
+    """One load. `awake`: no CPU may sleep meanwhile (see awake.py)."""
 
     block_kib: int
     rw: str
@@ -99,17 +100,6 @@ iops: Figure = attrgetter("iops")
 cpu_us: Figure = attrgetter("cpu_us")
 server_share: Figure = attrgetter("server_share")
 client_share: Figure = attrgetter("client_share")
-
-
-@dataclass(frozen=True)
-class Spread:
-    middle: float
-    least: float
-    most: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(median(values), min(values), max(values))
 
 
 def of_server(samples: Samples, server: str, figure: Figure) -> Spread:

@@ -3,7 +3,6 @@
 The commands that change the whole service are `pmblkd.service`'s.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -13,13 +12,18 @@ from pmblk.media.member import open_member
 from pmblk.nvme.data_pointer import PrpList, Sgl
 from pmblk.pages import PAGE_BYTES, span
 from pmblk.representations import Representation
-from pmblkd.config import RepresentationError, did_you_mean, parse_representation
+from pmblkd.config import Config, parse_representation
 from pmblkd.control import Handler
-from pmblkd.errors import WorkFailed
+from pmblkd.errors import RepresentationError, WorkFailed
+from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
+from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
 from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
+from pmblkd.registry import Device, Registry
 from pmblkd.reports import (
     DescriptionReport,
+    FuseReport,
+    NamespaceReport,
     PoisonReport,
     PrpReport,
     RepresentationReport,
@@ -34,10 +38,8 @@ DESCRIBE_BYTES_MAX = PAYLOAD_BYTES_MAX  # the longest I/O that a client can ask 
 
 
 class Answers:
-    """`namespaces` by name, as they are when a question comes."""
-
-    def __init__(self, namespaces: Mapping[str, Namespace]) -> None:
-        self._namespaces = namespaces
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -58,13 +60,13 @@ class Answers:
         )
 
     async def _switch(self, question: SwitchQuestion) -> SwitchReport:
-        namespace = self._find(question.name)
         try:
             options = parse_representation(question.kind, question.options, strict=False)
         except RepresentationError as error:
             place = f"{question.kind}.{error.option}: " if error.option else ""
             raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
-        return await switch(namespace, question.kind, options)
+        with self._registry.named(question.name).used() as namespace:
+            return await switch(namespace, question.kind, options)
 
     async def _describe(self, question: RangeQuestion) -> DescriptionReport:
         namespace = self._find(question.name)
@@ -86,24 +88,58 @@ class Answers:
         return PoisonReport(name=namespace.name, offset=offset, length=end - offset)
 
     async def _save(self, question: SaveQuestion) -> SaveReport:
-        namespace = self._find(question.name)
-        member = open_member(Path(question.target), needed_bytes=namespace.size)
-        try:
-            saved = await saving.save(namespace, member)
-        except PmblkError as error:
-            raise WorkFailed(error.message, hint=error.hint) from error
-        finally:
-            member.close()
+        with self._registry.named(question.name).used() as namespace:
+            member = open_member(Path(question.target), needed_bytes=namespace.size)
+            try:
+                saved = await saving.save(namespace, member)
+            except PmblkError as error:
+                raise WorkFailed(error.message, hint=error.hint) from error
+            finally:
+                member.close()
         return SaveReport(
-            name=namespace.name, target=question.target, **msgspec.structs.asdict(saved)
+            name=question.name, target=question.target, **msgspec.structs.asdict(saved)
         )
 
     def _find(self, name: str) -> Namespace:
-        namespace = self._namespaces.get(name)
-        if namespace is None:
-            hint = did_you_mean(name, list(self._namespaces))
-            raise PmblkError(f"no namespace {name}", hint=hint)
-        return namespace
+        return self._registry.named(name).namespace
+
+
+def namespace_report(device: Device, config: Config, fuse: Pyfuse3Engine | None) -> NamespaceReport:
+    """`config` is the one in force; `fuse` None where nothing is mounted."""
+    namespace, media = device.namespace, device.namespace.media
+    addresses = config.nbd.addresses if config.nbd is not None else []
+    return NamespaceReport(
+        name=device.name,
+        path=str(media.path),
+        size=namespace.size,
+        allocated=media.allocated_bytes(),
+        lba_size=namespace.lba_bytes,
+        read_only=namespace.read_only,
+        reserve=media.reserve_bytes,
+        representation=represented(namespace.representation),
+        durability=media.durability.level,
+        durability_reason=media.durability.reason,
+        punches_holes=media.punches,
+        nbd=[_uri(address, device.name) for address in addresses],
+        fuse=_fuse_report(device, config, fuse),
+        users=device.users,
+        draining=device.draining,
+    )
+
+
+def _fuse_report(device: Device, config: Config, fuse: Pyfuse3Engine | None) -> FuseReport | None:
+    if config.fuse is None or fuse is None:
+        return None
+    path = Path(config.fuse.mountpoint) / device.name
+    return FuseReport(path=str(path), engine=fuse.name, discards=fuse.discards)
+
+
+def _uri(address: Address, name: str) -> str:
+    """The NBD URI of an export (doc/uri.md of the NBD project)."""
+    if isinstance(address, UnixAddress):
+        return f"nbd+unix:///{name}?socket={address.path}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"nbd://{host}:{address.port}/{name}"
 
 
 async def switch(namespace: Namespace, kind: str, options: Representation.Options) -> SwitchReport:

@@ -27,11 +27,12 @@ from pmblkd import (
 from pmblkd import (
     config as configuration,
 )
-from pmblkd.errors import WorkFailed, only_ours
+from pmblkd.errors import WorkFailed, did_you_mean, only_ours
 from pmblkd.reports import (
     DescriptionReport,
     NamespaceReport,
     PoisonReport,
+    ReloadReport,
     Report,
     SaveReport,
     StatsReport,
@@ -69,7 +70,7 @@ def serve(config: ConfigFile, /, *, overrides: Overrides = None) -> None:
     """Serve the namespaces of a config file, in the foreground, until SIGTERM or SIGINT."""
     loaded = configuration.load(config, overrides or ())
     log.configure(loaded.daemon.log_level)
-    trio.run(Service(config, loaded).serve)
+    trio.run(Service(config, loaded, overrides or ()).serve)
 
 
 @app.command
@@ -122,6 +123,19 @@ def switch(
         options=_options(option or ()),
     )
     _print(report, views.switched(report), json=json)
+
+
+@app.command
+def reload(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+    """Let the daemon read its config file again and serve what that says now.
+
+    A file that is wrong changes nothing. Exit status 1 when a change was refused: it is named, with
+    the reason, and what was served before still is.
+    """
+    report = control.ask(socket, "reload", ReloadReport, seconds=CHANGE_SECONDS)
+    _print(report, views.reloaded(report), json=json)
+    if report.refused:
+        sys.exit(1)
 
 
 @app.command
@@ -209,6 +223,43 @@ def detach(
 
 
 @app.command
+def compare(
+    config: ConfigFile,
+    /,
+    *,
+    namespace: Annotated[str | None, Parameter(help="Whose size and place; the first.")] = None,
+    size: Annotated[str | None, Parameter(help="At most that much; 1GiB.")] = None,
+    seconds: Annotated[float, Parameter(help="Of each run of fio.")] = 1.0,
+    rounds: Annotated[int, Parameter(help="How often each run is made.")] = 3,
+    rows: Annotated[str, Parameter(help="Only loads whose name has this pattern: nbd-4k.")] = "",
+    only: Annotated[
+        list[str] | None, Parameter(negative="", help="Only this representation; repeatable.")
+    ] = None,
+    variants: Annotated[
+        bool, Parameter(negative="", help="With options that change what a representation costs.")
+    ] = False,
+    output: Annotated[Path, Parameter(help="The directory for the report.")] = Path(
+        "pmblk-compare"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Measure every representation here, on a scratch file beside a namespace's; write a report."""
+    from pmblkd.compare import command  # only now: the other commands need none of it
+
+    wishes = command.Wishes(
+        namespace=namespace,
+        size=size,
+        seconds=seconds,
+        rounds=rounds,
+        rows=rows,
+        only=only or (),
+        variants=variants,
+        output=output,
+    )
+    sys.exit(command.compare(configuration.load(config, overrides or ()), wishes))
+
+
+@app.command
 def completion(shell: Annotated[str, Parameter(help="bash, zsh or fish.")], /) -> None:
     """Print the completion script for a shell: `pmblk completion bash > FILE`."""
     if shell not in ("bash", "zsh", "fish"):
@@ -222,7 +273,7 @@ def _find(name: str, socket: Path) -> NamespaceReport:
         if namespace.name == name:
             return namespace
     names = [namespace.name for namespace in namespaces]
-    raise PmblkError(f"no namespace {name}", hint=configuration.did_you_mean(name, names))
+    raise PmblkError(f"no namespace {name}", hint=did_you_mean(name, names))
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:

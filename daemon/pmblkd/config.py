@@ -4,7 +4,6 @@ An unknown key, a wrong type or a rule that is broken is a `ConfigError` with th
 a hint. Whether the world is as the config says (directories, sockets, mounts) is `preflight`'s.
 """
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from pmblk import PmblkError
-from pmblk.representations import KINDS, Representation, parse_options
+from pmblk.media.reserve import FILE_UNIT_BYTES
+from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
 from pmblk.units import parse_size
+from pmblkd.errors import ConfigError, RepresentationError, did_you_mean
 from pmblkd.listen import Address, UnixAddress, parse_address
+from pmblkd.overrides import apply_override
 
 RUNTIME_DIRECTORY = Path("/run/pmblk")
 STOP_SECONDS_MAX = 3600
@@ -24,33 +25,23 @@ SIZE_MAX = 64 << 40  # what one process can map
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ConfigError(PmblkError):
-    """What is wrong at which key of which file."""
-
-    def __init__(self, file: Path | str, key: str, message: str, *, hint: str = "") -> None:
-        super().__init__(f"{file}: {key}: {message}" if key else f"{file}: {message}", hint=hint)
-
-
-class RepresentationError(PmblkError):
-    """A representation that cannot be; `option` is the one that is wrong, empty for the kind."""
-
-    def __init__(self, option: str, message: str, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.option = option
-
-
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of the config file; its fields are the keys."""
 
 
 class NamespaceConfig(_Table, frozen=True):
-    """`[[namespace]]`: one device."""
+    """`[[namespace]]`: one device.
+
+    `reserve`: keep the last 1/64 of the file for a page table on the device, so that struct-page
+    with memmap = "device" can be switched to. The device has 63/64 of `size` then.
+    """
 
     name: str
     path: str
     size: str | int | None = None
     lba_size: int = 4096
     read_only: bool = False
+    reserve: bool = False
     representation: str | dict[str, Any] = "extent"
 
     @property
@@ -71,6 +62,11 @@ class NamespaceConfig(_Table, frozen=True):
         if isinstance(self.representation, str):
             return {}
         return {key: value for key, value in self.representation.items() if key != "kind"}
+
+    @property
+    def with_reserve(self) -> bool:
+        """Whether the end of the file is kept for a page table: asked for, or needed at once."""
+        return self.reserve or needs_reserve(representation_options(self))
 
 
 class NbdConfig(_Table, frozen=True):
@@ -151,47 +147,13 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(file, "", f"not TOML: {error}") from error
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     try:
         config = msgspec.convert(raw, Config)
     except msgspec.ValidationError as error:
         raise _explain(file, raw, str(error)) from None
     _check(file, config)
     return config
-
-
-# ---- overrides
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError("--set", override, "no value", hint="write --set key=value")
-    if not all(key.split(".")):
-        raise ConfigError("--set", override, "no key", hint="write --set key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word: --set fuse.mountpoint=/mnt/x
-    *parents, last = key.split(".")
-    table: Any = raw
-    for parent in parents:
-        table = _child(table, parent, key)
-    if not isinstance(table, dict):
-        raise ConfigError("--set", key, "is no key", hint="e.g. namespace.NAME.size=1GiB")
-    table[last] = value
-
-
-def _child(table: Any, name: str, key: str) -> Any:
-    """The table below; of a list of tables, by name or index."""
-    if isinstance(table, list):
-        for index, item in enumerate(table):
-            if name == str(index) or (isinstance(item, dict) and item.get("name") == name):
-                return item
-        raise ConfigError("--set", key, f"there is no namespace {name}")
-    if not isinstance(table, dict):
-        raise ConfigError("--set", key, f"nothing is below {name}")
-    return table.setdefault(name, {})
 
 
 # ---- msgspec's words into ours
@@ -232,13 +194,6 @@ def _suggest(place: str, field: str) -> str:
     table = tables.get(re.sub(r"\[.*?\]", "", place))
     keys = table.__struct_fields__ if table else ()
     return did_you_mean(field, keys)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f'did you mean "{close[0]}"?'
-    return f"known are {', '.join(known)}" if known else ""
 
 
 def _found(raw: Any, path: str) -> str:
@@ -302,6 +257,12 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
             f"{nearest} would be",
         )
     _check_representation(file, f"{place}.representation", namespace)
+    if size is not None and namespace.with_reserve and size % FILE_UNIT_BYTES:
+        raise wrong(
+            "size",
+            f"1/64 of {size} bytes, the reserve, is no whole number of pages",
+            "choose a multiple of 256KiB",
+        )
 
 
 def _check_representation(file: Path, place: str, namespace: NamespaceConfig) -> None:
@@ -340,18 +301,20 @@ def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> Repres
         return RepresentationError(match[1], "unknown key", hint=hint)
     if match := _WRONG.fullmatch(text):
         option = match[2].lstrip(".")
-        return RepresentationError(
-            option, match[1].replace("`", ""), hint=_choices(kind, option, options.get(option))
-        )
+        found = options.get(option)
+        if choices := _choices(kind, option):
+            return RepresentationError(option, f"{found!r} is not known", hint=choices)
+        message = match[1].replace("`", "").replace("Expected", "expected")
+        return RepresentationError(option, message, hint=f"found {found!r}")
     return RepresentationError("", text.replace("`", ""))
 
 
-def _choices(kind: str, option: str, found: object) -> str:
-    """What the option may be, where that is one of a few words; else what was found."""
+def _choices(kind: str, option: str) -> str:
+    """What the option may be, where that is one of a few words."""
     choices = get_args(get_type_hints(KINDS[kind].Options).get(option))
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "choose " + " or ".join(f'"{choice}"' for choice in choices)
-    return f"found {found!r}"
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        return ""
+    return "choose " + " or ".join(f'"{choice}"' for choice in choices)
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:

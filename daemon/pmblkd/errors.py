@@ -1,10 +1,37 @@
 """Errors of the daemon's own, and exception groups, as trio's nurseries raise them."""
 
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
 from pmblk import PmblkError
 
 
 class WorkFailed(PmblkError):
     """What was asked could be done, and then failed: exit status 1, where others mean 2."""
+
+
+class ConfigError(PmblkError):
+    """What is wrong at which key of which file."""
+
+    def __init__(self, file: Path | str, key: str, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{file}: {key}: {message}" if key else f"{file}: {message}", hint=hint)
+
+
+class RepresentationError(PmblkError):
+    """A representation that cannot be; `option` is the one that is wrong, empty for the kind."""
+
+    def __init__(self, option: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint: the known word that is nearest, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"known are {', '.join(known)}" if known else ""
 
 
 def first_leaf(error: BaseException) -> BaseException:

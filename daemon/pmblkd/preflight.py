@@ -1,23 +1,47 @@
 """Is the world as the config says? Looks, and changes nothing.
 
 `serve` runs it before it touches anything, so that a start that cannot succeed leaves no file, no
-socket and no mount behind; `check` runs nothing else. Each finding is a ConfigError at its key.
+socket and no mount behind; `check` runs nothing else; a reload looks at what is new. Each finding
+is a ConfigError at its key.
 """
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
 from pmblkd import mounts
-from pmblkd.config import RUNTIME_DIRECTORY, Config, ConfigError, NamespaceConfig
-from pmblkd.listen import UnixAddress, check_free
+from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
+from pmblkd.errors import ConfigError
+from pmblkd.listen import Address, UnixAddress, check_free
 
 
 def check(file: Path, config: Config) -> None:
     """Raises ConfigError for the first thing that is not as it has to be."""
-    owners: dict[object, str] = {}
+    _check_namespaces(file, config, {})
+    _check_sockets(file, config, set())
+    if config.fuse is not None:
+        _check_mountpoint(file, Path(config.fuse.mountpoint))
+
+
+def check_new(
+    file: Path, config: Config, *, served: Mapping[str, Path], listening: Collection[Address]
+) -> None:
+    """The same for what a reload adds; `served` are the files of this daemon by namespace.
+
+    The tables of FUSE and of the control socket are no part of it: a reload leaves them alone.
+    """
+    _check_namespaces(file, config, served)
+    _check_sockets(file, config, {*listening, UnixAddress(Path(config.control.socket))})
+
+
+def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) -> None:
+    owners = {_identity(path): name for name, path in served.items()}
+    names = {namespace.name for namespace in config.namespace}
     for index, namespace in enumerate(config.namespace):
+        if namespace.name in served:
+            continue
         place = f"namespace[{index}]"
         try:
             owner = owners.setdefault(_identity(namespace.file), namespace.name)
@@ -25,6 +49,8 @@ def check(file: Path, config: Config) -> None:
             raise ConfigError(
                 file, f"{place}.path", f"{namespace.path}: {error.strerror}", hint="mend the path"
             ) from None
+        if owner in served and owner not in names:
+            continue  # one that leaves has it still: that is the plan's to refuse
         if owner != namespace.name:
             raise ConfigError(
                 file,
@@ -33,15 +59,18 @@ def check(file: Path, config: Config) -> None:
                 hint="give each namespace a file of its own",
             )
         _check_media(file, place, namespace)
+
+
+def _check_sockets(file: Path, config: Config, listening: Collection[Address]) -> None:
     for key, address in config.sockets:
+        if address in listening:
+            continue
         if isinstance(address, UnixAddress) and _is_ours_to_make(address.path.parent):
             continue
         try:
             check_free(address)
         except PmblkError as error:
             raise ConfigError(file, key, error.message, hint=error.hint) from None
-    if config.fuse is not None:
-        _check_mountpoint(file, Path(config.fuse.mountpoint))
 
 
 def _identity(path: Path) -> object:
@@ -62,6 +91,7 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
                 size=namespace.size_bytes,
                 lba_bytes=namespace.lba_size,
                 read_only=namespace.read_only,
+                with_reserve=namespace.with_reserve,
             )
         except PmblkError as error:
             raise ConfigError(file, f"{place}.path", error.message, hint=error.hint) from None

@@ -146,11 +146,15 @@ class Refusal(Report, frozen=True):
 
 
 class ReloadReport(Report, frozen=True):
-    """What a reload did, by namespace or by key of the config."""
+    """What a reload did, by namespace or by key of the config.
+
+    `removed` are gone; `draining` take no new users and go when their last one leaves.
+    """
 
     added: list[str]
+    removed: list[str]
     draining: list[str]
     switched: list[SwitchReport]
-    resized: list[str]
+    grown: list[str]
     changed: list[str]
     refused: list[Refusal]

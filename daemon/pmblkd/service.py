@@ -1,40 +1,39 @@
-"""The daemon's life: start everything or nothing, serve, and stop in order.
+"""The daemon's life: start everything or nothing, serve, change while serving, and stop in order.
 
 Namespaces open first and close last; exports live inside. A start that fails takes back whatever
 it had made. A stop (SIGTERM, SIGINT) lets the front ends finish what has arrived, flushes every
-namespace and unmounts; what is not done by the deadline is cut off.
+namespace and unmounts; what is not done by the deadline is cut off. SIGHUP reads the config again.
 
-The tree of tasks: one nursery with the signal watcher and the control socket, and in it one for
-the front ends. When a front end fails, everything stops and the error surfaces.
+The tree of tasks: one nursery with the signal watcher, the control socket, reloads and namespaces
+that drain, and in it one for the front ends. When a front end fails, everything stops and the error
+surfaces.
 """
 
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import structlog
 import trio
 
-from pmblk import Namespace
-from pmblk.media import create, open_media
-from pmblk.representations import make
+from pmblk import PmblkError
 from pmblkd import loop, mounts, preflight, systemd
-from pmblkd.answers import Answers, represented
-from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
-from pmblkd.config import representation_options as configured_options
+from pmblkd.answers import Answers, namespace_report
+from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
 from pmblkd.fuse.files import Files
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
-from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.server import NbdServer
 from pmblkd.questions import Question
-from pmblkd.reports import FuseReport, NamespaceReport
+from pmblkd.registry import Registry, open_device
+from pmblkd.reloading import FLUSH_SECONDS, Reloader
+from pmblkd.reports import NamespaceReport, ReloadReport
 from pmblkd.spin import Spinner
 
-FLUSH_SECONDS = 60
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 _log = structlog.get_logger(__name__)
 
@@ -42,28 +41,36 @@ _log = structlog.get_logger(__name__)
 class Service:
     """One daemon. `serve` is its whole life."""
 
-    def __init__(self, file: Path, config: Config) -> None:
+    def __init__(self, file: Path, config: Config, overrides: Sequence[str] = ()) -> None:
         self._file = file
+        self._overrides = overrides
         self._config = config
-        self._namespaces: dict[str, Namespace] = {}
+        self._registry = Registry()
+        self._spinner = Spinner(config.daemon.busy_poll_us)
         self._nbd: NbdServer | None = None
         self._fuse: Pyfuse3Engine | None = None
-        self._files: Files | None = None
+        self._files = Files(self._registry)
+        self._reloader: Reloader | None = None
         self._born = time.monotonic()
         self._serving = trio.CancelScope()
+        self._reloads: set[trio.CancelScope] = set()
+        self._signalled_reloads = 0
+        self._nursery: trio.Nursery | None = None
         self._stopping = False
 
     async def serve(self) -> None:
         """Until SIGTERM or SIGINT. Raises PmblkError when it cannot start or stop cleanly."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(*STOPS, signal.SIGHUP) as signals:
             preflight.check(self._file, self._config)
             with self._started() as control:
                 milliseconds = round((time.monotonic() - self._born) * 1000)
-                _log.info("ready", namespaces=list(self._namespaces), start_ms=milliseconds)
+                names = [device.name for device in self._registry]
+                _log.info("ready", namespaces=names, start_ms=milliseconds)
                 systemd.notify("READY=1")
                 async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
                     nursery.start_soon(control.run)
-                    nursery.start_soon(self._stop_on, signals)
+                    nursery.start_soon(self._heed, signals)
                     try:
                         with self._serving:
                             await self._run_front_ends()
@@ -83,28 +90,45 @@ class Service:
         with contextlib.ExitStack() as undo:
             if config.needs_runtime_directory:
                 self._make_runtime_directory(undo)
-            answers = Answers(self._namespaces).handlers()
-            handlers = {"list": Handler(Question, self._list), **answers}
-            control = ControlServer(Path(config.control.socket), handlers)
-            control.bind()
-            undo.callback(control.close)
+            control = self._open_control(undo)
             with contextlib.ExitStack() as undo_on_failure:
+                undo.callback(self._registry.close_all)
+                undo_on_failure.callback(self._registry.abandon)
                 for namespace in config.namespace:
-                    self._open_namespace(namespace, undo, undo_on_failure)
-                spinner = Spinner(config.daemon.busy_poll_us)
+                    self._registry.add(open_device(namespace))
                 if config.nbd is not None:
                     self._nbd = NbdServer(
-                        self._namespaces,
+                        self._registry,
                         default=config.default_export,
                         max_connections=config.nbd.max_connections,
-                        spinner=spinner,
+                        spinner=self._spinner,
                     )
-                    self._nbd.bind(config.nbd.addresses)
                     undo.callback(self._nbd.close)
+                    self._nbd.bind(config.nbd.addresses)
                 if config.fuse is not None:
                     self._mount(Path(config.fuse.mountpoint), undo)
                 undo_on_failure.pop_all()
+            self._reloader = Reloader(
+                self._file,
+                self._overrides,
+                config,
+                registry=self._registry,
+                spinner=self._spinner,
+                nbd=self._nbd,
+                fuse=self._fuse,
+            )
             yield control
+
+    def _open_control(self, undo: contextlib.ExitStack) -> ControlServer:
+        handlers = {
+            "list": Handler(Question, self._list),
+            "reload": Handler(Question, self._reload_asked),
+            **Answers(self._registry).handlers(),
+        }
+        control = ControlServer(Path(self._config.control.socket), handlers)
+        control.bind()
+        undo.callback(control.close)
+        return control
 
     @staticmethod
     def _make_runtime_directory(undo: contextlib.ExitStack) -> None:
@@ -115,54 +139,14 @@ class Service:
             return  # there already, or not ours to make: then a path in it will say so
         undo.callback(_remove_empty, RUNTIME_DIRECTORY)
 
-    def _open_namespace(
-        self,
-        config: NamespaceConfig,
-        undo: contextlib.ExitStack,
-        undo_on_failure: contextlib.ExitStack,
-    ) -> None:
-        if not config.file.exists():
-            size = config.size_bytes
-            assert size is not None, "preflight saw to it"
-            create(config.file, size)
-            undo_on_failure.callback(config.file.unlink)
-        media = open_media(
-            config.file,
-            size=config.size_bytes,
-            lba_bytes=config.lba_size,
-            read_only=config.read_only,
-        )
-        undo.callback(media.close)
-        options = configured_options(config)
-        representation = make(config.representation_kind, media, options)
-        self._namespaces[config.name] = Namespace(
-            config.name, media, representation, lba_bytes=config.lba_size
-        )
-        _log.info(
-            "namespace open",
-            name=config.name,
-            size=media.size,
-            durability=media.durability.level,
-            because=media.durability.reason,
-        )
-
     def _mount(self, mountpoint: Path, undo: contextlib.ExitStack) -> None:
         fuse = self._config.fuse
         assert fuse is not None
         if mounts.check_mountpoint(mountpoint):
-            _log.warning("a killed daemon's mount is in the way: unmounting", path=str(mountpoint))
-            for device in loop.devices_on(lambda backing: backing.is_relative_to(mountpoint)):
-                user = mounts.find_source(str(device))
-                if user is not None:
-                    _log.warning("dead, but mounted", device=str(device), on=str(user.path))
-                    continue  # after the umount, pmblk detach finds it
-                _log.warning("detaching what was attached to it", device=str(device))
-                loop.abandon(device)
-            mounts.unmount(mountpoint)
+            _take_away(mountpoint)
         if not mountpoint.exists():
             mountpoint.mkdir()
             undo.callback(_remove_empty, mountpoint)
-        self._files = Files(list(self._namespaces.values()))
         self._fuse = Pyfuse3Engine(self._files, mountpoint, allow_other=fuse.allow_other)
         self._fuse.mount()
         undo.callback(self._fuse.unmount)
@@ -182,31 +166,45 @@ class Service:
         if not self._stopping:
             _log.warning("unmounted from outside: no files any more")
 
-    async def _stop_on(self, signals: AsyncIterator[int]) -> None:
-        number = await anext(signals)
+    async def _heed(self, signals: AsyncIterator[int]) -> None:
+        """SIGHUP reloads; the first of the others stops, the second stops at once."""
+        assert self._nursery is not None
+        async for number in signals:
+            if number in STOPS:
+                break
+            if self._signalled_reloads < 2:  # one that runs, one that will see what is new
+                self._signalled_reloads += 1
+                self._nursery.start_soon(self._reload_signalled)
+        self._stop(number)
+        with trio.move_on_after(self.config.daemon.stop_seconds):
+            async for again in signals:
+                if again in STOPS:
+                    break  # somebody is in a hurry
+        self._serving.cancel()
+
+    def _stop(self, number: int) -> None:
         self._stopping = True
         _log.info("stopping", signal=signal.Signals(number).name)
         systemd.notify("STOPPING=1")
+        for reload in self._reloads:
+            reload.cancel()
         if self._nbd is not None:
             self._nbd.stop()
         if self._fuse is not None:
-            if self._files is not None and self._files.users:
+            if self._files.users:
                 _log.warning(
                     "files are open: what their users have not synced is lost to them",
                     opens=self._files.users,
                 )
             self._fuse.stop()
-        with trio.move_on_after(self._config.daemon.stop_seconds):
-            await anext(signals)  # a second signal: somebody is in a hurry
-        self._serving.cancel()
 
     async def _flush_namespaces(self) -> None:
         """All of them, whatever happens to one, and also when everything is being cut off."""
         failures: list[str] = []
         with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH_SECONDS) as limit:
-            for namespace in self._namespaces.values():
+            for device in self._registry:
                 try:
-                    await namespace.flush()
+                    await device.flush()
                 except OSError as error:
                     failures.append(error.strerror or str(error))
         if limit.cancelled_caught:
@@ -214,41 +212,78 @@ class Service:
         if failures:
             raise WorkFailed("; ".join(failures), hint="what was flushed before is safe")
 
+    # ---- reload
+
+    @property
+    def config(self) -> Config:
+        """What is in force."""
+        return self._config if self._reloader is None else self._reloader.config
+
+    async def _reload_signalled(self) -> None:
+        try:
+            await self._reload()
+        except PmblkError as error:
+            _log.error("the config was not reloaded", reason=str(error))
+        except Exception:
+            # A defect of ours in a reload must not take the devices away.
+            _log.exception("the config was not reloaded")
+        finally:
+            self._signalled_reloads -= 1
+
+    async def _reload_asked(self, _question: Question) -> ReloadReport:
+        return await self._reload()
+
+    async def _reload(self) -> ReloadReport:
+        """Raises PmblkError, having changed nothing, for a file that cannot be served."""
+        assert self._reloader is not None
+        assert self._nursery is not None
+        with trio.CancelScope() as scope:
+            if self._stopping:
+                scope.cancel()
+            self._reloads.add(scope)
+            systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                report = await self._reloader.reload(self._nursery)
+                _log_report(report)
+                return report
+            finally:
+                self._reloads.discard(scope)
+                if not self._stopping:
+                    systemd.notify("READY=1")
+        raise WorkFailed("the daemon stops", hint="the config is read at its next start")
+
     # ---- control
 
     async def _list(self, _question: Question) -> list[NamespaceReport]:
-        return [self._report(namespace) for namespace in self._namespaces.values()]
-
-    def _report(self, namespace: Namespace) -> NamespaceReport:
-        media, nbd, fuse = namespace.media, self._config.nbd, None
-        if self._config.fuse is not None and self._fuse is not None:
-            path = Path(self._config.fuse.mountpoint) / namespace.name
-            fuse = FuseReport(path=str(path), engine=self._fuse.name, discards=self._fuse.discards)
-        return NamespaceReport(
-            name=namespace.name,
-            path=str(media.path),
-            size=namespace.size,
-            allocated=media.allocated_bytes(),
-            lba_size=namespace.lba_bytes,
-            read_only=namespace.read_only,
-            reserve=media.reserve_bytes,
-            representation=represented(namespace.representation),
-            durability=media.durability.level,
-            durability_reason=media.durability.reason,
-            punches_holes=media.punches,
-            nbd=[_uri(address, namespace.name) for address in nbd.addresses] if nbd else [],
-            fuse=fuse,
-            users=0,
-            draining=False,
-        )
+        """Those that drain too."""
+        return [namespace_report(device, self.config, self._fuse) for device in self._registry]
 
 
-def _uri(address: Address, name: str) -> str:
-    """The NBD URI of an export (doc/uri.md of the NBD project)."""
-    if isinstance(address, UnixAddress):
-        return f"nbd+unix:///{name}?socket={address.path}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"nbd://{host}:{address.port}/{name}"
+def _log_report(report: ReloadReport) -> None:
+    _log.info(
+        "config reloaded",
+        added=report.added,
+        removed=report.removed,
+        draining=report.draining,
+        switched=[switched.name for switched in report.switched],
+        grown=report.grown,
+        changed=report.changed,
+    )
+    for refusal in report.refused:
+        _log.warning("not reloaded", key=refusal.key, reason=refusal.reason)
+
+
+def _take_away(mountpoint: Path) -> None:
+    """A killed daemon's mount, and the loop devices on its files."""
+    _log.warning("a killed daemon's mount is in the way: unmounting", path=str(mountpoint))
+    for device in loop.devices_on(lambda backing: backing.is_relative_to(mountpoint)):
+        user = mounts.find_source(str(device))
+        if user is not None:
+            _log.warning("dead, but mounted", device=str(device), on=str(user.path))
+            continue  # after the umount, pmblk detach finds it
+        _log.warning("detaching what was attached to it", device=str(device))
+        loop.abandon(device)
+    mounts.unmount(mountpoint)
 
 
 def _remove_empty(directory: Path) -> None:

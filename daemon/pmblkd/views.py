@@ -12,6 +12,7 @@ from pmblkd.reports import (
     NamespaceReport,
     PoisonReport,
     PrpReport,
+    ReloadReport,
     RepresentationReport,
     Run,
     SaveReport,
@@ -85,7 +86,7 @@ def stats(report: StatsReport) -> str:
         _Row("deallocations", did.deallocations, did.deallocated_bytes),
         _Row("flushes", did.flushes, always=True),
         _Row("errors", did.errors, always=True),
-        _Row("waits", did.waits, note="could not be answered on the spot"),
+        _Row("waits", did.waits, note="not answered on the spot"),
         _Row("PRP entries", did.prp_entries, note="that all of it would take"),
         _Row("PRP list pages", did.prp_list_pages),
     ]
@@ -122,7 +123,7 @@ def _table(rows: Iterable[_Row]) -> Iterator[str]:
         if row.always or row.count or row.size:
             count = "" if row.count is None else f"{row.count:,}"
             size = "" if row.size is None else format_size(row.size)
-            yield f"    {row.label:<22}{count:>16}{size:>12}  {row.note}".rstrip()
+            yield f"    {row.label:<22}{count:>14}{size:>12}  {row.note}".rstrip()
 
 
 # ---- what was done
@@ -133,6 +134,18 @@ def switched(report: SwitchReport) -> str:
     before, after = representation(report.before), representation(report.after)
     times = f"built in {_time(report.build_seconds)}, paused {_time(report.pause_seconds)}"
     return f"{report.name}: {before} -> {after}, {times}"
+
+
+def reloaded(report: ReloadReport) -> str:
+    """A line a change; what was refused comes last, with its reason."""
+    lines = [f"{name}: added" for name in report.added]
+    lines += [f"{name}: removed" for name in report.removed]
+    lines += [f"{name}: draining, until its users have left" for name in report.draining]
+    lines += [switched(one) for one in report.switched]
+    lines += [f"{name}: grown" for name in report.grown]
+    lines += [f"{key}: changed" for key in report.changed]
+    lines += [f"{refusal.key}: refused, {refusal.reason}" for refusal in report.refused]
+    return "\n".join(lines) or "nothing has changed"
 
 
 def saved(report: SaveReport) -> str:

@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 
 from tests.harness.daemon import Daemon
 
@@ -30,3 +32,11 @@ def assert_no_complaints(daemon: Daemon) -> None:
     assert daemon.running, f"the daemon died:\n{daemon.log}"
     for word in ("Traceback", "level=error", "level=warning", "level=critical"):
         assert word not in daemon.log, daemon.log
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 10) -> None:
+    """For what nothing tells of: a device that is gone, a line in a log."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -248,7 +248,14 @@ def test_a_namespace_that_is_not_there_is_guessed(daemon: Daemon, command: str) 
 # ---- no daemon, and wrong use
 
 
-@pytest.mark.parametrize("arguments", [("list",), ("attach", "data"), ("detach", "data")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("list",), ("reload",), ("attach", "data"), ("detach", "data"), ("stats", "data")),
+        *(("switch", "data", "pfn"), ("describe", "data"), ("poison", "data", "--offset", "0")),
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
 def test_without_a_daemon_there_is_one_line_with_a_hint(arguments: tuple[str, ...]) -> None:
     with scratch() as directory:
         line = complaint(pmblk(*arguments, "--socket", f"{directory}/control.sock"))
@@ -327,7 +334,8 @@ def test_the_version_is_the_one_of_the_package() -> None:
 def test_help_names_every_command() -> None:
     done = pmblk("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("serve", "check", "list", "attach", "detach", "completion"):
+    commands = "serve check reload list stats switch describe poison attach detach completion"
+    for command in commands.split():
         assert command in done.stdout
 
 

@@ -258,7 +258,14 @@ BAD: dict[str, Bad] = {
         "known are fragments",
     ),
     "an arena that is too small": below_one(ARENA % 'arena = "4KiB"', "representation", "1MiB"),
-    "an arena that is a truth": below_one(ARENA % "arena = true", "representation", "got bool"),
+    "an arena that is a truth": below_one(
+        ARENA % "arena = true", "representation.arena", "got bool; found True"
+    ),
+    "a word that an option does not know": below_one(
+        'representation = { kind = "struct-page", memmap = "drm" }',
+        "representation.memmap",
+        """'drm' is not known; choose "dram" or "device\"""",
+    ),
     # paths and addresses
     "a relative path": path("one.img", "start it with /"),
     "a path with a NUL": path("{dir}/o\\u0000ne", ""),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.e2e.conftest import assert_no_complaints, program
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import attached, guarded

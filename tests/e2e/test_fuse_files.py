@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import nbd
 import pytest
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded, run
 
@@ -178,6 +179,8 @@ def test_direct_io_moves_a_mebibyte_at_once(daemon: Daemon, mnt: Path) -> None:
         "write_bytes": MIB,
         "reads": 1,
         "read_bytes": MIB,
+        "prp_entries": 2 * MIB // 4096,
+        "prp_list_pages": 2,
     }
 
 
@@ -189,8 +192,7 @@ def test_an_fsync_is_a_flush(daemon: Daemon, mnt: Path) -> None:
 
 
 def counters(daemon: Daemon) -> dict[str, int]:
-    (namespace,) = (one for one in daemon.list() if one["name"] == "data")
-    return dict(namespace["counters"])
+    return dict(msgspec.to_builtins(daemon.stats("data").namespace_counters))
 
 
 def test_a_write_here_is_seen_over_nbd_at_once_and_the_other_way_round(

@@ -8,14 +8,14 @@ import random
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench import fio
+from pmblkd.compare import fio
 from tests.e2e import fsync_writer
+from tests.e2e.conftest import wait_for
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
     TREE,
@@ -160,14 +160,6 @@ def is_left(device: Path, daemon: Daemon) -> bool:
     except OSError:
         return True
     return backing.startswith((str(daemon.directory), "/data"))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Nothing tells when a loop device is gone."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # ---- a crash

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,27 @@ def test_systemd_hears_of_the_start_and_of_the_stop(number: signal.Signals, abst
         assert process.wait(SECONDS) == 0
         left = {path.name for path in directory.iterdir()}
         assert left - {"notify"} == {"data.img", "pmblk.toml"}
+
+
+def test_systemd_hears_of_a_reload_and_of_its_end_even_if_it_fails() -> None:
+    with (
+        scratch() as directory,
+        supervisor(directory) as (sock, name),
+        serving(directory, name) as process,
+    ):
+        assert sock.recv(4096) == b"READY=1"
+        for text in (None, "[["):
+            if text is not None:
+                (directory / "pmblk.toml").write_text(text)
+            before = time.monotonic_ns() // 1000
+            process.send_signal(signal.SIGHUP)
+            state, stamp = sock.recv(4096).split(b"\n")
+            assert state == b"RELOADING=1"
+            assert before <= int(stamp.removeprefix(b"MONOTONIC_USEC=")) <= before + SECONDS * 10**6
+            assert sock.recv(4096) == b"READY=1"
+        process.send_signal(signal.SIGTERM)
+        assert sock.recv(4096) == b"STOPPING=1"
+        assert process.wait(SECONDS) == 0
 
 
 def test_a_supervisor_that_went_away_does_not_spoil_the_stop() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pmblkd import control, mounts
-from pmblkd.reports import NamespaceReport
+from pmblkd.reports import NamespaceReport, PoisonReport, ReloadReport, StatsReport, SwitchReport
 
 PMBLK = str(Path(sys.executable).with_name("pmblk"))
 START_SECONDS = 15
@@ -114,6 +114,31 @@ class Daemon:
     def list(self) -> list[dict[str, Any]]:
         reports = control.ask(self.socket, "list", list[NamespaceReport])
         return [dict(msgspec.to_builtins(report)) for report in reports]
+
+    def stats(self, name: str) -> StatsReport:
+        return control.ask(self.socket, "stats", StatsReport, name=name)
+
+    def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
+        return control.ask(
+            self.socket,
+            "switch",
+            SwitchReport,
+            seconds=STOP_SECONDS,
+            name=name,
+            kind=kind,
+            options=options,
+        )
+
+    def poison(self, name: str, offset: int, length: int) -> PoisonReport:
+        return control.ask(
+            self.socket, "poison", PoisonReport, name=name, offset=offset, length=length
+        )
+
+    def reload(self, config: str | None = None) -> ReloadReport:
+        """With another config, if there is one; `{dir}` in it stands for the directory."""
+        if config is not None:
+            self.config.write_text(config.replace("{dir}", str(self.directory)))
+        return control.ask(self.socket, "reload", ReloadReport, seconds=STOP_SECONDS)
 
     def uri(self, name: str = "", *, socket_name: str = "nbd.sock") -> str:
         return f"nbd+unix:///{name}?socket={self.directory / socket_name}"

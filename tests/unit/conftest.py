@@ -14,6 +14,8 @@ from pmblk.media import Media, create, open_media
 from pmblk.media.durability import Durability
 from pmblk.nvme.command import DATASET_MANAGEMENT, READ, WRITE, Hole
 from pmblk.representations import make, needs_reserve, parse_options
+from pmblkd.config import NamespaceConfig
+from pmblkd.registry import Device, Registry
 
 MakeNamespace = Callable[..., Namespace]
 
@@ -108,6 +110,15 @@ def recorded(media: Media) -> RecordedDurability:
     media.durability = durability = RecordedDurability()
     media.store, media.store_only = media._choose_store(), media._store
     return durability
+
+
+def registered(*namespaces: Namespace) -> Registry:
+    """A registry with devices for them."""
+    registry = Registry()
+    for namespace in namespaces:
+        config = NamespaceConfig(name=namespace.name, path=str(namespace.media.path))
+        registry.add(Device(config, namespace, created=False))
+    return registry
 
 
 def content(command: Command) -> bytes:

@@ -9,7 +9,8 @@ import pytest
 
 from pmblkd import config as configuration
 from pmblkd import preflight
-from pmblkd.config import Config, ConfigError, load
+from pmblkd.config import Config, load
+from pmblkd.errors import ConfigError
 from pmblkd.listen import TcpAddress, UnixAddress, parse_address
 
 CONFIGS = Path(__file__).parents[2] / "configs"

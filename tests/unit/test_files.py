@@ -11,7 +11,7 @@ import pytest
 
 from pmblk import Namespace
 from pmblkd.fuse.files import ROOT_INODE, Files
-from tests.unit.conftest import MakeNamespace
+from tests.unit.conftest import MakeNamespace, registered
 
 SIZE = 1 << 20
 
@@ -20,7 +20,7 @@ SIZE = 1 << 20
 def files(make_namespace: MakeNamespace) -> Files:
     read_only = make_namespace(name="ro.img")
     read_only.name, read_only.read_only, read_only.media.read_only = "ro", True, True
-    return Files([make_namespace(), read_only])
+    return Files(registered(make_namespace(), read_only))
 
 
 def refused(code: int) -> AbstractContextManager[object]:
@@ -85,8 +85,23 @@ def test_users_are_counted_from_open_to_release(files: Files) -> None:
     with refused(errno.EROFS):
         files.open(3, os.O_RDWR)
     assert files.users == 2
-    files.release()
+    files.release(2)
     assert files.users == 1
+
+
+async def test_a_file_that_drains_is_gone_but_for_those_who_have_it_open(files: Files) -> None:
+    files.open(2, os.O_RDWR)
+    device = files._device(2)
+    device.draining = True
+    assert [name for name, _ in files.entries()] == ["ro"]
+    with refused(errno.ENOENT):
+        files.lookup(ROOT_INODE, "ns")
+    with refused(errno.ENOENT):
+        files.open(2, os.O_RDONLY)
+    assert await files.write(2, 0, b"hello") == 5
+    assert files.attributes(2).size == SIZE
+    files.release(2)
+    assert device.users == 0
 
 
 def test_no_file_is_emptied_at_its_opening(files: Files) -> None:
@@ -105,4 +120,4 @@ async def test_every_lease_is_given_back(
 ) -> None:
     await files.write(2, 0, b"x" * 4096)
     await files.read(2, 0, 8192)
-    assert files._by_inode[2].representation.leases == 0
+    assert files._namespace(2).representation.leases == 0

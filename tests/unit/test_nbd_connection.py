@@ -1,9 +1,10 @@
 """A connection over a socket pair: what waits, what is stuck, and how it ends."""
 
+import contextlib
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trio
@@ -11,7 +12,7 @@ import trio.testing
 
 from pmblk import Command, Namespace
 from pmblkd.nbd import connection as connection_module
-from pmblkd.nbd.connection import Connection
+from pmblkd.nbd.connection import Connection, Use
 from pmblkd.nbd.handshake import Export, Handshake
 from pmblkd.nbd.requests import RequestStream
 from pmblkd.spin import Spinner
@@ -33,6 +34,21 @@ def pair() -> Iterator[tuple[socket.socket, trio.socket.SocketType]]:
 def handshake(namespace: Namespace) -> Handshake:
     export = Export("ns", "", namespace.size, read_only=False, preferred_block=4096)
     return Handshake({"ns": export}, default="ns")
+
+
+def user_of(namespace: Namespace) -> Use:
+    return lambda _name: contextlib.nullcontext(namespace)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    namespace: Namespace, sock: socket.socket, *, spinner: Spinner | None = None
+) -> AsyncIterator[Connection]:
+    """A connection that runs; leaving waits for its end."""
+    served = Connection(sock, peer="test", spinner=spinner or Spinner(0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(served.run, handshake(namespace), user_of(namespace))
+        yield served
 
 
 async def receive_exactly(sock: trio.socket.SocketType, length: int) -> bytes:
@@ -78,9 +94,7 @@ async def test_a_flush_that_waits_holds_up_no_later_read(
     namespace = make_namespace()
     slow = SlowFlush(namespace)
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         await theirs.send(client.request(FLUSH, 1) + client.request(READ, 2, 0, 4))
         assert client.replies(await receive_exactly(theirs, 20), {2: 4})[0].cookie == 2
@@ -99,9 +113,7 @@ async def test_disc_answers_what_waits_before_it_closes(
     namespace = make_namespace()
     slow = SlowFlush(namespace)
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         await theirs.send(client.request(FLUSH, 1) + client.request(DISC))
         await trio.testing.wait_all_tasks_blocked()
@@ -115,9 +127,7 @@ async def test_a_stop_answers_what_has_arrived_and_ends(
 ) -> None:
     namespace = make_namespace()
     ours, theirs = pair
-    served = Connection(ours, peer="test", spinner=Spinner(0))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours) as served:
         await go(theirs)
         await trio.testing.wait_all_tasks_blocked()
         await theirs.send(client.request(READ, 5, 0, 4))
@@ -132,9 +142,7 @@ async def test_a_client_that_vanishes_while_its_flush_waits_ends_quietly(
     namespace = make_namespace()
     slow = SlowFlush(namespace)
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         await theirs.send(client.request(FLUSH, 1))
         await trio.testing.wait_all_tasks_blocked()
@@ -150,9 +158,7 @@ async def test_a_client_that_never_reads_is_not_received_from_and_keeps_its_leas
     namespace.media.reserve(0, namespace.size)
     ours, theirs = pair
     requests = b"".join(client.request(READ, n, 0, namespace.size) for n in range(2000))
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         with trio.move_on_after(0.2):
             while requests:
@@ -172,9 +178,7 @@ async def test_a_slow_reader_loses_its_connection_when_others_wait_for_its_memor
     namespace.media.reserve(0, namespace.size)
     namespace.starved = 1
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         await theirs.send(b"".join(client.request(READ, n, 0, namespace.size) for n in range(20)))
     waited = trio.current_time()
@@ -197,9 +201,7 @@ async def test_a_trickle_of_reading_is_no_excuse(
             while await theirs.recv(64 << 10):
                 await trio.sleep(4)
 
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with trio.open_nursery() as nursery, serving(namespace, ours):
         await go(theirs)
         await theirs.send(b"".join(client.request(READ, n, 0, namespace.size) for n in range(20)))
         nursery.start_soon(trickle)
@@ -268,9 +270,7 @@ async def test_a_large_write_that_arrives_in_pieces_lands_in_memory_uncopied(
     )
     ours, theirs = pair
     payload = bytes(range(256)) * (LARGE // 256)
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         for cookie in range(3):
             request = client.request(WRITE, cookie, cookie * LARGE, LARGE, data=payload)
@@ -291,9 +291,7 @@ async def test_a_window_that_closes_half_way_lets_the_rest_in_through_a_buffer(
     namespace = make_namespace(4 * LARGE)
     ours, theirs = pair
     payload = b"half" * (LARGE // 4)
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         request = client.request(WRITE, 1, LARGE, LARGE, data=payload)
         await send_all(theirs, request[:100_000])
@@ -314,9 +312,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_large_write_harms_nothing
     namespace.media.reserve(0, 4 * LARGE)
     namespace.media.store(0, b"\1" * 4 * LARGE)
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await go(theirs)
         request = client.request(WRITE, 1, LARGE, LARGE, data=b"\2" * LARGE)
         await send_all(theirs, request[:500_000])
@@ -333,7 +329,7 @@ async def test_no_handshake_in_time_closes(
 ) -> None:
     namespace = make_namespace()
     served = Connection(pair[0], peer="test", spinner=Spinner(0))
-    await served.run(handshake(namespace), {"ns": namespace})
+    await served.run(handshake(namespace), user_of(namespace))
     assert await receive_exactly(pair[1], 18)
     assert await pair[1].recv(1) == b""
 
@@ -356,9 +352,7 @@ async def test_a_busy_client_is_answered_from_the_spin(
     namespace.media.reserve(0, 4096)
     ours, theirs = pair
     spinner = Spinner(1000)
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=spinner)
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours, spinner=spinner):
         await go(theirs)
         await trio.to_thread.run_sync(ask_one_at_a_time, theirs.fileno())
     assert namespace.counters.reads == 200
@@ -382,9 +376,7 @@ async def test_large_ios_are_received_without_a_turn_of_the_loop_but_not_for_eve
     monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
     monkeypatch.setattr(RequestStream, "receive_buffer", one_request_at_a_time)
     ours, theirs = pair
-    async with trio.open_nursery() as nursery:
-        served = Connection(ours, peer="test", spinner=Spinner(0))
-        nursery.start_soon(served.run, handshake(namespace), {"ns": namespace})
+    async with serving(namespace, ours):
         await receive_exactly(theirs, 18)
         reads = b"".join(client.request(READ, n, 0, 1 << 16) for n in range(100))
         await theirs.send(client.flags() + client.option(1, b"ns"))

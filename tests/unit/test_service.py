@@ -1,17 +1,20 @@
 """What the service does when things fail; that it starts and stops is tested end to end."""
 
 import errno
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from pmblk import PmblkError
 from pmblkd.config import Config, load
 from pmblkd.errors import WorkFailed, only_ours
 from pmblkd.nbd.server import NbdServer
 from pmblkd.service import Service
+from tests.unit.conftest import LogRecord, MakeNamespace, registered
 
 
 def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
@@ -31,24 +34,26 @@ def make_config(directory: Path, *, listen: str = "n.sock") -> Config:
     return load(file)
 
 
-class Flushed:
-    def __init__(self, error: OSError | None = None) -> None:
-        self.flushes = 0
-        self._error = error
+async def test_a_flush_that_fails_keeps_no_other_namespace_from_its_own(
+    directory: Path, make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
 
-    async def flush(self) -> None:
-        self.flushes += 1
-        if self._error:
-            raise self._error
+    async def fail() -> None:
+        raise OSError(errno.EIO, "namespace bad: the flush failed")
 
+    async def succeed() -> None:
+        flushed.append("good")
 
-async def test_a_flush_that_fails_keeps_no_other_namespace_from_its_own(directory: Path) -> None:
+    bad, good = make_namespace(name="bad.img"), make_namespace(name="good.img")
+    bad.name, good.name = "bad", "good"
+    monkeypatch.setattr(bad, "flush", fail)
+    monkeypatch.setattr(good, "flush", succeed)
     service = Service(directory / "c.toml", make_config(directory))
-    bad, good = Flushed(OSError(errno.EIO, "namespace a: the flush failed")), Flushed()
-    service._namespaces = {"a": bad, "b": good}  # type: ignore[dict-item]
-    with pytest.raises(WorkFailed, match="namespace a"):
+    service._registry = registered(bad, good)
+    with pytest.raises(WorkFailed, match="namespace bad"):
         await service._flush_namespaces()
-    assert good.flushes == 1
+    assert flushed == ["good"]
 
 
 def test_a_start_that_fails_late_takes_everything_back(
@@ -63,6 +68,55 @@ def test_a_start_that_fails_late_takes_everything_back(
     with pytest.raises(PmblkError, match="no"):
         trio.run(Service(directory / "c.toml", config).serve)
     assert [path.name for path in directory.iterdir()] == ["c.toml"]
+
+
+class Hanging:
+    """A reload that never ends by itself."""
+
+    async def reload(self, _nursery: trio.Nursery) -> None:
+        await trio.sleep_forever()
+
+
+async def test_a_stop_ends_the_reloads_and_who_asked_is_told(directory: Path) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Hanging()  # type: ignore[assignment]
+    told: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(WorkFailed) as failed:
+            await service._reload()
+        told.append(failed.value.message)
+
+    async with trio.open_nursery() as service._nursery:
+        service._nursery.start_soon(ask)
+        service._nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        service._stop(signal.SIGTERM)
+    assert told == ["the daemon stops", "the daemon stops"]
+
+
+async def test_a_daemon_that_stops_takes_no_reload(directory: Path) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Hanging()  # type: ignore[assignment]
+    service._stop(signal.SIGTERM)
+    async with trio.open_nursery() as service._nursery:
+        with pytest.raises(WorkFailed, match="the daemon stops"):
+            await service._reload()
+
+
+class Defective:
+    async def reload(self, _nursery: trio.Nursery) -> None:
+        raise ZeroDivisionError
+
+
+async def test_a_defect_in_a_reload_is_logged_and_the_daemon_lives(
+    directory: Path, logged: LogRecord
+) -> None:
+    service = Service(directory / "c.toml", make_config(directory))
+    service._reloader = Defective()  # type: ignore[assignment]
+    async with trio.open_nursery() as service._nursery:
+        await service._reload_signalled()
+    assert logged.expect("the config was not reloaded")["exc_info"]
 
 
 def test_a_defect_beside_an_error_of_ours_is_not_hidden() -> None:

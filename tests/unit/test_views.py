@@ -1,11 +1,15 @@
 """What people get to read: what is shown, what is left out, and that it fits 80 columns."""
 
+import msgspec
+
 from pmblk.counters import Counters
 from pmblk.description import describe as engine
 from pmblk.representations import RepresentationCounters
 from pmblkd import answers, views
 from pmblkd.reports import (
     FuseReport,
+    Refusal,
+    ReloadReport,
     RepresentationReport,
     StatsReport,
     SwitchReport,
@@ -21,7 +25,7 @@ def stats(**representation: int) -> StatsReport:
     return StatsReport(
         name="ns1",
         representation=EXTENT,
-        namespace_counters=Counters(reads=12345, read_bytes=4096 * 12345),
+        namespace_counters=Counters(reads=12345, read_bytes=4096 * 12345, waits=1, prp_entries=1),
         representation_counters=RepresentationCounters(**representation),
     )
 
@@ -34,7 +38,7 @@ def assert_fits(view: str) -> None:
 def test_stats_leave_out_what_never_happened_and_keep_what_is_always_asked_for() -> None:
     view = views.stats(stats())
     assert_fits(view)
-    assert "reads                           12,345    48.2 MiB" in view
+    assert "reads                         12,345    48.2 MiB" in view
     for word in ("writes", "flushes", "errors", "copied", "metadata"):
         assert word in view
     for word in ("zeroes", "cache", "poisoned", "pins"):
@@ -99,3 +103,23 @@ def test_a_hole_is_described_as_nothing(make_namespace: MakeNamespace) -> None:
     view = describe(make_namespace, 512 << 10, 4096)
     assert "PRP           none: the range has no memory: it is a hole" in view
     assert "Linux" not in view
+
+
+def test_a_reload_is_a_line_a_change_with_what_was_refused_at_the_end() -> None:
+    nothing = ReloadReport(
+        added=[], removed=[], draining=[], switched=[], grown=[], changed=[], refused=[]
+    )
+    assert views.reloaded(nothing) == "nothing has changed"
+    some = msgspec.structs.replace(
+        nothing,
+        added=["a"],
+        draining=["b"],
+        changed=["nbd.listen"],
+        refused=[Refusal(key="fuse.mountpoint", reason="needs a restart")],
+    )
+    assert views.reloaded(some).splitlines() == [
+        "a: added",
+        "b: draining, until its users have left",
+        "nbd.listen: changed",
+        "fuse.mountpoint: refused, needs a restart",
+    ]

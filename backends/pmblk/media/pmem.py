@@ -179,7 +179,8 @@ class Media:
             self._mapping.close()
         except BufferError:
             pass
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a mapping has a duplicate of the descriptor
+        # Said, because a mapping that stays keeps a descriptor of its own, and the lock with it.
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
 
 

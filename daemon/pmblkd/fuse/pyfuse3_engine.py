@@ -41,6 +41,7 @@ class Pyfuse3Engine:
         if allow_other:
             self._options.add("allow_other")
         self._mounted = False
+        self._ended = False
 
     def mount(self) -> None:
         """Raises PmblkError."""
@@ -55,10 +56,26 @@ class Pyfuse3Engine:
 
     async def run(self) -> None:
         """Until `stop`, or until somebody unmounts."""
-        await pyfuse3.main()
+        try:
+            await pyfuse3.main()
+        finally:
+            self._ended = True
 
     def stop(self) -> None:
         pyfuse3.terminate()
+
+    def forget_name(self, name: str) -> None:
+        """A file has left the directory: the kernel need not wait until its entry is stale."""
+        if self._mounted and not self._ended:
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(ROOT_INODE), os.fsencode(name), ignore_enoent=True
+            )
+
+    def forget_size(self, inode: int) -> None:
+        """A file has another size. Attributes only: this cannot block."""
+        if self._mounted and not self._ended:
+            with contextlib.suppress(OSError):  # the kernel does not know the file
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
 
     def unmount(self) -> None:
         if self._mounted:
@@ -127,8 +144,9 @@ class _Operations(pyfuse3.Operations):
         with _errors():
             await self._files.sync(fh)
 
-    async def release(self, _fh: int) -> None:
-        self._files.release()
+    async def release(self, fh: int) -> None:
+        with _errors():
+            self._files.release(fh)
 
     async def flush(self, fh: int) -> None:
         """close(2): nothing is kept back, so there is nothing to do."""

@@ -10,9 +10,11 @@ or `WAITING_BYTES_MAX` of payload wait; so a client that never reads holds what 
 receive buffer, and no more.
 """
 
+import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import structlog
 import trio
@@ -38,6 +40,9 @@ IOV_MAX = 1024
 _log = structlog.get_logger(__name__)
 
 
+Use = Callable[[str], AbstractContextManager[Namespace]]
+
+
 class Disconnected(Exception):
     """The client is gone, or cannot be served any more; the reason is for the log."""
 
@@ -58,19 +63,22 @@ class Connection:
         self._large = False  # whether the last I/O was
         self._eager_turns = 0  # taken in a row
 
-    async def run(self, handshake: Handshake, namespaces: dict[str, Namespace]) -> None:
-        """Serve the client until it leaves, breaks the protocol, or `stop` ends its requests."""
+    async def run(self, handshake: Handshake, use: Use) -> None:
+        """Serve the client until it leaves, breaks the protocol, or `stop` ends its requests.
+
+        The namespace of the export that the client chooses is in use until this returns.
+        """
         log = _log.bind(peer=self._peer)
         try:
-            with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
-                await self._shake_hands(handshake)
-            if limit.cancelled_caught:
-                raise Disconnected(f"no handshake in {HANDSHAKE_SECONDS} s")
-            assert handshake.export is not None
-            log = log.bind(export=handshake.export.name)
-            log.info("client connected", structured=handshake.structured)
-            await self._transmit(handshake, namespaces[handshake.export.name])
-            log.info("client left")
+            with contextlib.ExitStack() as used:
+                with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+                    namespace = await self._shake_hands(handshake, use, used)
+                if limit.cancelled_caught:
+                    raise Disconnected(f"no handshake in {HANDSHAKE_SECONDS} s")
+                log = log.bind(export=namespace.name)
+                log.info("client connected", structured=handshake.structured)
+                await self._transmit(handshake, namespace)
+                log.info("client left")
         except* (Disconnected, ProtocolError) as group:
             log.info("connection closed", reason=str(first_leaf(group)))
         finally:
@@ -85,18 +93,26 @@ class Connection:
 
     # ---- handshake
 
-    async def _shake_hands(self, handshake: Handshake) -> None:
+    async def _shake_hands(
+        self, handshake: Handshake, use: Use, used: contextlib.ExitStack
+    ) -> Namespace:
         await self._send([handshake.greeting()])
         buffer = memoryview(bytearray(HANDSHAKE_CHUNK_BYTES))
-        while handshake.state is not State.READY:
+        while True:
             count = await self._receive(buffer)
             if count == 0:
                 raise Disconnected("left during the handshake")
             out = handshake.receive(buffer[:count])
+            namespace = None
+            if handshake.export is not None:
+                # Before anything is awaited: an export that is promised must not go away.
+                namespace = used.enter_context(use(handshake.export.name))
             if out:
                 await self._send([out])
             if handshake.state is State.CLOSED:
                 raise Disconnected(handshake.reason)
+            if namespace is not None:
+                return namespace
 
     # ---- transmission
 

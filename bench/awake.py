@@ -1,19 +1,16 @@
-"""CPU time: whose it was during a run, and CPUs that are kept from sleeping.
+"""CPUs that are kept from sleeping. (Whose CPU time it was is `pmblkd.compare.cpu`.)
 
 Scheduling: sched(7), "The autogroup feature"; `cpu.idle` in the kernel's cgroup-v2.rst.
 """
 
 import contextlib
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-TICKS = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 15
 STOP_SECONDS = 15
 POLL_SECONDS = 0.01
@@ -29,74 +26,6 @@ while os.getppid() == parent:
     for _ in range(100_000):
         pass
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """CPU seconds so far: of the server, of our ended children (fio), of the whole machine.
-
-    `machine` leaves niced work out, and so the spinners below.
-    """
-
-    wall: float
-    server: float
-    client: float
-    machine: float
-
-    def since(self, earlier: "Clock") -> "Clock":
-        return Clock(
-            wall=self.wall - earlier.wall,
-            server=self.server - earlier.server,
-            client=self.client - earlier.client,
-            machine=self.machine - earlier.machine,
-        )
-
-    @property
-    def others_share(self) -> float:
-        """What neither server nor client used, of one CPU. Ticks are coarse: never below 0."""
-        return max(0.0, self.machine - self.server - self.client) / self.wall
-
-
-def clock(server_pid: int) -> Clock:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Clock(
-        wall=time.monotonic(),
-        server=_process_seconds(server_pid),
-        client=children.ru_utime + children.ru_stime,
-        machine=_machine_seconds(),
-    )
-
-
-def _process_seconds(pid: int) -> float:
-    """User and system time of the process and its children, all threads, the ended ones too."""
-    while True:
-        own, ended = _ticks(pid)
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        running = sum(_ticks_or_none(int(child)) for child in children)
-        if _ticks(pid)[1] == ended:  # else a child has ended meanwhile, and is in both or neither
-            return (own + ended + running) / TICKS
-
-
-def _ticks(pid: int) -> tuple[int, int]:
-    """Its own, and those of its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    user, system, ended_user, ended_system = map(int, fields[11:15])
-    return user + system, ended_user + ended_system
-
-
-def _ticks_or_none(pid: int) -> int:
-    try:
-        return sum(_ticks(pid))
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def _machine_seconds() -> float:
-    """All but idle, waiting and niced time; with what the hypervisor took away."""
-    line = Path("/proc/stat").read_text().splitlines()[0]
-    user, _nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, line.split()[1:])
-    return (user + system + irq + softirq + steal) / TICKS
-
 
 # ---- CPUs that do not sleep
 

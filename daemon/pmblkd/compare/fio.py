@@ -1,20 +1,24 @@
 """fio with a time limit, and its figures as a value. One job a run.
 
 Not here: what to run and what the figures mean. The report goes to a file, because banners on
-standard output precede the JSON.
+standard output precede the JSON. The benchmarks and the demo use it too.
 """
 
 import json
-import os
-import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ALWAYS = ("--name=job", "--thread", "--output-format=json", "--lat_percentiles=1")
+from pmblkd.compare.children import output_of
+
+PERCENTILES = "50:99:99.9"
+ALWAYS = (
+    *("--name=job", "--thread", "--output-format=json"),
+    *("--lat_percentiles=1", f"--percentile_list={PERCENTILES}"),
+)
 
 
 class FioError(Exception):
@@ -30,7 +34,9 @@ class Side:
     iops: float
     bytes_per_second: float
     latency_us_mean: float
+    latency_us_p50: float
     latency_us_p99: float
+    latency_us_p999: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +47,13 @@ class Result:
     write: Side
 
 
-def run(arguments: Sequence[str], *, seconds: float) -> Result:
-    """`fio ARGUMENTS`, killed after `seconds`. Raises FioError; no process is left in any case."""
+def run(
+    arguments: Sequence[str], *, seconds: float, check: Callable[[], None] = lambda: None
+) -> Result:
+    """`fio ARGUMENTS`, killed after `seconds`. Raises FioError; no process is left in any case.
+
+    `check` is called ten times a second meanwhile, and may raise to stop it all.
+    """
     with tempfile.TemporaryDirectory(prefix="pmblk-fio-") as directory:
         output = Path(directory) / "fio.json"
         command = ["fio", *ALWAYS, f"--output={output}", *arguments]
@@ -56,18 +67,10 @@ def run(arguments: Sequence[str], *, seconds: float) -> Result:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(timeout=seconds)
+            said = output_of(process, seconds=seconds, check=check)
         except subprocess.TimeoutExpired:
             raise FioError(f"fio did not end in {seconds:g} s") from None
-        finally:
-            _end(process)
         return _result(process.returncode, said.decode(errors="replace"), output)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _result(status: int, said: str, output: Path) -> Result:
@@ -83,11 +86,14 @@ def _result(status: int, said: str, output: Path) -> Result:
 
 def _side(side: Mapping[str, Any]) -> Side:
     latency_ns = side["lat_ns"]
+    percentiles = latency_ns.get("percentile", {})
     return Side(
         ios=int(side["total_ios"]),
         seconds=side["runtime"] / 1000,
         iops=float(side["iops"]),
         bytes_per_second=float(side["bw_bytes"]),
         latency_us_mean=latency_ns["mean"] / 1000,
-        latency_us_p99=latency_ns.get("percentile", {}).get("99.000000", 0) / 1000,
+        latency_us_p50=percentiles.get("50.000000", 0) / 1000,
+        latency_us_p99=percentiles.get("99.000000", 0) / 1000,
+        latency_us_p999=percentiles.get("99.900000", 0) / 1000,
     )

@@ -1,0 +1,191 @@
+"""The namespaces in service: opened, used, drained and closed. Every front end shares one registry.
+
+A `Device` is a namespace with the config that it is served by and the count of its users: NBD
+connections, open files, changes under way. Rules that live here:
+
+1. Who uses a device has entered it, and nobody enters one that drains.
+2. A device is closed when it has no users, or when the daemon ends: flushed, unmapped, unlocked.
+3. A number is given once: it names a device also when another one has taken its name.
+4. A name belongs to one device until that is closed.
+
+Not here: when a device has to drain (`pmblkd.service`), and what its users see of that.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import structlog
+import trio
+
+from pmblk import Namespace, PmblkError
+from pmblk.media import create, open_media
+from pmblk.representations import make
+from pmblkd.config import NamespaceConfig, representation_options
+from pmblkd.errors import did_you_mean
+
+_log = structlog.get_logger(__name__)
+
+
+class Device:
+    """A namespace in service. `config` says how it is served now; live changes replace it."""
+
+    def __init__(self, config: NamespaceConfig, namespace: Namespace, *, created: bool) -> None:
+        self.config = config
+        self.namespace = namespace
+        self.created = created  # its file, by us
+        self.number = 0  # the registry's
+        self.users = 0
+        self.draining = False
+        self.closed = False
+        self._unused = trio.Event()
+
+    @property
+    def name(self) -> str:
+        return self.namespace.name
+
+    def enter(self) -> None:
+        """One more user, until `leave`. Raises PmblkError for a device that drains."""
+        if self.draining:
+            raise PmblkError(
+                f"{self.name} is draining: it takes no new users",
+                hint="it left the config; add it again when it is gone",
+            )
+        self.users += 1
+
+    def leave(self) -> None:
+        self.users -= 1
+        assert self.users >= 0
+        if not self.users:
+            self._unused.set()
+            self._unused = trio.Event()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[Namespace]:
+        self.enter()
+        try:
+            yield self.namespace
+        finally:
+            self.leave()
+
+    async def unused(self) -> None:
+        """Wait until nobody uses it. It stays so only if it drains."""
+        while self.users:
+            await self._unused.wait()
+
+    async def flush(self) -> None:
+        """All that was completed is durable. Raises OSError."""
+        async with self.namespace.changing:
+            if not self.closed:
+                await self.namespace.flush()
+
+    def close(self) -> None:
+        """Unmap and unlock. Whoever was cut off may hold memory: that goes with the process."""
+        if self.closed:
+            return
+        self.closed = True
+        if not self.namespace.representation.leases:
+            self.namespace.representation.close()
+        self.namespace.media.close()
+
+
+def open_device(config: NamespaceConfig) -> Device:
+    """Create the file if it is missing, lock it, map it, describe it. May take seconds.
+
+    Raises PmblkError, and then nothing is left behind. Touches no event loop: it may run in a
+    thread.
+    """
+    created = not config.file.exists()
+    with contextlib.ExitStack() as undo:
+        if created:
+            size = config.size_bytes
+            if size is None:  # preflight looks too, but a file may vanish after it
+                raise PmblkError(f"there is no {config.file}", hint="give a size to create it")
+            create(config.file, size)
+            undo.callback(config.file.unlink)
+        media = open_media(
+            config.file,
+            size=config.size_bytes,
+            lba_bytes=config.lba_size,
+            read_only=config.read_only,
+            with_reserve=config.with_reserve,
+        )
+        undo.callback(media.close)
+        options = representation_options(config)
+        representation = make(config.representation_kind, media, options)
+        undo.pop_all()
+    namespace = Namespace(config.name, media, representation, lba_bytes=config.lba_size)
+    return Device(config, namespace, created=created)
+
+
+class Registry:
+    """Every device that is not closed yet, in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._devices: dict[int, Device] = {}
+        self._numbers = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Device]:
+        """All of them, also those that drain; closing one meanwhile does no harm."""
+        return iter(list(self._devices.values()))
+
+    def live(self) -> Iterator[Device]:
+        """Those that take users."""
+        return (device for device in self if not device.draining)
+
+    def add(self, device: Device) -> None:
+        """From now on it can be found; its name is free."""
+        assert all(device.name != other.name for other in self)
+        device.number = next(self._numbers)
+        self._devices[device.number] = device
+        media = device.namespace.media
+        _log.info(
+            "namespace open",
+            name=device.name,
+            size=device.namespace.size,
+            durability=media.durability.level,
+            because=media.durability.reason,
+        )
+
+    # ---- finding
+
+    def numbered(self, number: int) -> Device | None:
+        """Also one that drains."""
+        return self._devices.get(number)
+
+    def named(self, name: str) -> Device:
+        """Also one that drains. Raises PmblkError with what was meant."""
+        for device in self:
+            if device.name == name:
+                return device
+        names = [device.name for device in self]
+        raise PmblkError(f"no namespace {name}", hint=did_you_mean(name, names))
+
+    # ---- the end of a device
+
+    async def close(self, device: Device) -> None:
+        """Flush and close one that has no users any more. Raises OSError when it cannot flush;
+        it is closed all the same.
+        """
+        assert device.draining
+        assert not device.users
+        try:
+            await device.flush()
+        finally:
+            self._close(device)
+
+    def close_all(self) -> None:
+        """The daemon ends; what can be flushed has been."""
+        for device in self:
+            self._close(device)
+
+    def abandon(self) -> None:
+        """The start failed: close everything, and take back the files that it made."""
+        for device in self:
+            self._close(device)
+            if device.created:
+                device.config.file.unlink()
+
+    def _close(self, device: Device) -> None:
+        device.close()
+        self._devices.pop(device.number, None)
