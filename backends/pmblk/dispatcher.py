@@ -149,9 +149,9 @@ class Dispatcher:
         offset, length = command.offset + command.received, command.length - command.received
         try:
             self.media.reserve(offset, length)
+            return self.representation.window(offset, length)
         except OSError:
             return None
-        return self.representation.window(offset, length)
 
     # ---- one opcode each
 

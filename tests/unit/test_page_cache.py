@@ -230,7 +230,7 @@ def test_a_last_page_that_is_cut_short_is_whole(make_namespace: MakeNamespace) -
     last = write(1 << 20, b"x" * 512)
     assert not namespace.execute([last])
     assert (last.status, cache.poisoned()) == (0, [])
-    assert cache.dirty_extents() == [(1 << 20, PAGE)]
+    assert list(cache.dirty_extents()) == [(1 << 20, PAGE)]
     assert not namespace.execute([Command(DATASET_MANAGEMENT, 0, 1 << 20, 512)])
     assert not cache.dirty()
     assert cache.counters().cached_bytes == 0

@@ -106,4 +106,4 @@ def test_bytes_that_were_received_into_a_window_are_dirty(make_media: MakeMedia)
     assert window is not None
     window[:1] = b"x"
     pfn.stored(PAGE, 1)
-    assert pfn.dirty_extents() == [(PAGE, PAGE)]
+    assert list(pfn.dirty_extents()) == [(PAGE, PAGE)]

@@ -1,6 +1,7 @@
 """Page structs for every page: their descriptors, their table, their marks."""
 
 import ctypes
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from pmblk import Command, MediaError, Namespace
 from pmblk.errors import PmblkError
 from pmblk.media import Media, create, open_media
-from pmblk.nvme.command import FLUSH, FUA
+from pmblk.nvme.command import FLUSH, FUA, WRITE
 from pmblk.nvme.status import Status
 from pmblk.representations import make, parse_options
 from pmblk.representations.page_table import DIRTY, HWPOISON, RESERVED, STRUCT_BYTES
@@ -244,7 +245,7 @@ async def test_fua_writes_back_its_own_pages_only(make_media: MakeMedia) -> None
     namespace = Namespace("ns", media, over(media), lba_bytes=512)
     assert not namespace.execute([write(0, b"x" * PAGE), write(5 * PAGE + 7, b"x" * PAGE, FUA)])
     assert durability.taken() == [(5 * PAGE, 2 * PAGE)]
-    assert namespace.representation.dirty_extents() == [(0, PAGE)]
+    assert list(namespace.representation.dirty_extents()) == [(0, PAGE)]
 
 
 async def test_a_discard_takes_the_dirty_mark_of_whole_pages_with_it(
@@ -292,3 +293,21 @@ def test_a_compound_page_stays_marked_while_one_of_its_pages_is_bad(
     for page, marked in ((0, [0]), (1, [])):
         namespace.execute([write(page * PAGE, b"x" * PAGE)])
         assert tabled(namespace)._table.with_flags(0, 256, HWPOISON).tolist() == marked
+
+
+def test_without_room_for_structs_on_the_device_there_is_no_window(
+    make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is received into memory must not fail afterwards."""
+    namespace = make_namespace(SECTION, kind="struct-page", options={"memmap": "device"})
+    command = Command(WRITE, 0, 0, 65536)
+    assert namespace.window(command) is not None
+    reserve = namespace.media.reserve
+
+    def full(offset: int, length: int) -> None:
+        if offset >= namespace.media.size:
+            raise OSError(errno.ENOSPC, "full")
+        reserve(offset, length)
+
+    monkeypatch.setattr(namespace.media, "reserve", full)
+    assert namespace.window(command) is None

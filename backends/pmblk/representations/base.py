@@ -21,7 +21,7 @@ The invariants that the contract test holds every kind to:
 
 import abc
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -127,7 +127,7 @@ class Representation(abc.ABC):
     def window(self, offset: int, length: int) -> memoryview | None:
         """Memory to store a write's bytes to directly, until the next await; None: use `write`.
 
-        Say `stored` of what was stored.
+        Say `stored` of what was stored. Raises OSError, and then `write` would too.
         """
         return None
 
@@ -148,9 +148,13 @@ class Representation(abc.ABC):
         """Whether the media lack something that was written, or its durability does."""
         return False
 
-    def dirty_extents(self) -> list[tuple[int, int]]:
-        """What `dirty` is about, as (offset, length), sorted; later writes are not in it."""
-        return []
+    def dirty_extents(self) -> Iterator[tuple[int, int]]:
+        """What `dirty` is about, as (offset, length), in order and looked up as it goes.
+
+        It may be written back meanwhile. All that was written before the first is in it, of later
+        writes perhaps some.
+        """
+        return iter(())
 
     def write_back(self, offset: int, length: int) -> None:
         """Bring what was written to the range to the media; a sync makes it durable."""

@@ -4,6 +4,7 @@ A summary of one byte for each 128 MiB finds the dirty parts of a large device w
 of its bits. The bits are in anonymous memory that costs nothing until it is touched.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,15 +74,16 @@ class DirtyMap:
             bits[last] &= 0xFF << ((end - 1 & 7) + 1) & 0xFF
             bits[byte + 1 : last] = bytes(last - byte - 1)
 
-    def extents(self) -> list[tuple[int, int]]:
-        """The dirty pages as byte ranges (offset, length), sorted, neighbours joined."""
-        found = [np.empty(0, np.int64)]
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The dirty pages as byte ranges (offset, length), in order, looked up as it goes.
+
+        Neighbours are joined inside each 128 MiB.
+        """
         chunk = self._summary.find(1)
         while chunk >= 0:
             bits = np.unpackbits(self._in_chunk(chunk), bitorder="little")
-            found.append(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
+            yield from page_extents(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
             chunk = self._summary.find(1, chunk + 1)
-        return page_extents(np.concatenate(found))
 
     def resident_bytes(self) -> int:
         return resident_bytes(self._bits)

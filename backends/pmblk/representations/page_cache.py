@@ -12,7 +12,7 @@ becomes free with the last unpin.
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,8 +197,8 @@ class PageCacheRepresentation(Representation):
     def dirty(self) -> bool:
         return bool(self._dirty)
 
-    def dirty_extents(self) -> list[tuple[int, int]]:
-        return page_extents(np.array(sorted(self._dirty), np.int64))
+    def dirty_extents(self) -> Iterator[tuple[int, int]]:
+        return iter(page_extents(np.array(sorted(self._dirty), np.int64)))
 
     def write_back(self, offset: int, length: int) -> None:
         for page in self._pages_of(self._dirty, offset, length):

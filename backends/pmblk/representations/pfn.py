@@ -9,7 +9,7 @@ side, bad ones in a list.
 an option: a discard then takes pages away that a reader still sends from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pmblk import pages
@@ -98,7 +98,7 @@ class PfnRepresentation(Representation):
     def dirty(self) -> bool:
         return bool(self._dirty)
 
-    def dirty_extents(self) -> list[tuple[int, int]]:
+    def dirty_extents(self) -> Iterator[tuple[int, int]]:
         return self._dirty.extents()
 
     def write_back(self, offset: int, length: int) -> None:

@@ -177,6 +177,8 @@ class StructPageRepresentation(Representation):
     def window(self, offset: int, length: int) -> memoryview | None:
         if not self.has_windows or self.has_poison:
             return None
+        if self._on_device:  # `stored` cannot fail any more
+            self._reserve_structs(*pages.span(offset, length))
         return self._view[offset : offset + length]
 
     def stored(self, offset: int, length: int) -> None:
@@ -192,9 +194,9 @@ class StructPageRepresentation(Representation):
     def dirty(self) -> bool:
         return 1 in self._dirty_sections
 
-    def dirty_extents(self) -> list[tuple[int, int]]:
-        sections = _marked(self._dirty_sections, 0, self._pages)
-        return [extent for section in sections for extent in self._dirty_in(section)]
+    def dirty_extents(self) -> Iterator[tuple[int, int]]:
+        for section in _marked(self._dirty_sections, 0, self._pages):
+            yield from self._dirty_in(section)
 
     def _dirty_in(self, section: int) -> list[tuple[int, int]]:
         first = section * SECTION_PAGES
