@@ -3,9 +3,11 @@
 The commands that change the whole service are `pmblkd.service`'s.
 """
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import trio
 
 from pmblk import Namespace, PmblkError, description, saving, switching
 from pmblk.media.member import open_member
@@ -89,13 +91,16 @@ class Answers:
 
     async def _save(self, question: SaveQuestion) -> SaveReport:
         with self._registry.named(question.name).used() as namespace:
-            member = open_member(Path(question.target), needed_bytes=namespace.size)
+            # In a thread: the target may lie on our own mount, which this loop serves.
+            open_target = partial(open_member, needed_bytes=namespace.size)
+            member = await trio.to_thread.run_sync(open_target, Path(question.target))
             try:
                 saved = await saving.save(namespace, member)
             except PmblkError as error:
                 raise WorkFailed(error.message, hint=error.hint) from error
             finally:
-                member.close()
+                with trio.CancelScope(shield=True):  # a close that is lost is a descriptor lost
+                    await trio.to_thread.run_sync(member.close)
         return SaveReport(
             name=question.name, target=question.target, **msgspec.structs.asdict(saved)
         )

@@ -134,6 +134,15 @@ def test_the_daemon_writes_to_a_device_straight_from_the_mapping(kind: str) -> N
         assert (copied(daemon) > 0) == (kind == "page-cache"), "the writes before were copied"
 
 
+def test_what_is_served_is_no_target() -> None:
+    """Neither the file of another namespace, nor its media."""
+    with served("extent") as (daemon, _):
+        for target in (daemon.directory / "mnt/dax", daemon.directory / "dax.img"):
+            with pytest.raises(AssertionError, match=r"cannot write to|is not saved"):
+                program(*daemon.command("save", "device", str(target)), seconds=20)
+        assert not any(read_over_nbd(daemon, "dax"))
+
+
 @contextlib.contextmanager
 def loop_device(file: Path) -> Iterator[Path]:
     file.write_bytes(bytes(SIZE))
