@@ -49,6 +49,8 @@ from pmblk.zeroing import INLINE_BYTES, clear_in_slices
 
 QUIESCE_SECONDS = 3  # less than the patience with a slow reader: a switch alone cuts nobody off
 
+PIECE_COST_BYTES = 64 << 10  # what writing back a piece costs beside its bytes, in bytes
+
 _NONE: tuple[Command, ...] = ()
 _EVERYTHING = 1 << 63  # a range longer than any namespace will be
 
@@ -89,7 +91,7 @@ class Namespace:
         A command that arrives with a status keeps it: its front end has judged it already. Read
         segments stay valid until the command is given to `release`.
         """
-        waiting: list[Command] | None = None
+        waiting: list[Command] = []
         dispatcher = self._dispatcher
         representation = dispatcher.representation
         hold, write = representation.hold, representation.write
@@ -111,15 +113,15 @@ class Namespace:
                     first = offset >> PAGE_SHIFT
                     last = (offset + length - 1) >> PAGE_SHIFT
                     if known[first] if first == last else known.find(HOLE, first, last + 1) < 0:
-                        done = False
+                        done: bool | None = None
                         if opcode == READ:
                             lease = hold(offset, length)
+                            done = lease is not None
                             if lease is not None:
                                 command.segments = lease.views
                                 command.leases = (lease,)
                                 reads += 1
                                 read_bytes += length
-                                done = True
                         elif opcode == WRITE and writable and not command.flags:
                             payload = command.payload
                             if payload is not None and not command.received:
@@ -132,12 +134,13 @@ class Namespace:
                             if last - first > 1:
                                 list_pages += prp_list_pages(last - first + 1)
                             continue
+                        if done is not None:  # refused: it has to wait
+                            waiting.append(command)
+                            continue
             except OSError as error:  # poison, or media in a page cache that refuse a store
                 dispatcher.fail_with(command, error)
                 continue
             if not dispatcher.attempt(command):
-                if waiting is None:
-                    waiting = []
                 waiting.append(command)
         counters = dispatcher.counters
         counters.reads += reads
@@ -146,7 +149,7 @@ class Namespace:
         counters.write_bytes += write_bytes
         counters.prp_entries += prp_entries
         counters.prp_list_pages += list_pages
-        return _NONE if waiting is None else self._own_payloads(waiting)
+        return self._own_payloads(waiting) if waiting else _NONE
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
         """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
@@ -178,7 +181,8 @@ class Namespace:
 
     def received(self, command: Command, length: int) -> None:
         """The next `length` bytes of the command's payload are in its window."""
-        self.representation.stored(command.offset + command.received, length)
+        place = command.offset + command.received
+        self.representation.stored(place, length, continued=command.received > 0)
         command.received += length
 
     def poison(self, offset: int, length: int) -> None:
@@ -358,12 +362,16 @@ class Namespace:
     async def _persist(self) -> None:
         """What the representation holds goes to the media, and then a sync. Raises OSError."""
         representation = self.representation
+        spent = 0
         for offset, length in representation.dirty_extents():
-            for piece in slices(offset, length, slice_bytes=INLINE_BYTES):
+            for start, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
                 if self.representation is not representation:
                     return  # exchanged since, and `quiesced` has persisted all of it
-                representation.write_back(*piece)
-                await trio.lowlevel.checkpoint()
+                representation.write_back(start, piece)
+                spent += piece + PIECE_COST_BYTES
+                if spent >= INLINE_BYTES:  # the others get their turn
+                    await trio.lowlevel.checkpoint()
+                    spent = 0
         await self._dispatcher.sync()
 
     @contextlib.asynccontextmanager
@@ -374,9 +382,15 @@ class Namespace:
         take its replies in `QUIESCE_SECONDS` or the media cannot be synced.
         """
         fences = self._dispatcher.fences
-        await fences.lifted(0, _EVERYTHING)
+        deadline = trio.current_time() + QUIESCE_SECONDS
+        with trio.CancelScope(deadline=deadline) as limit:
+            await fences.lifted(0, _EVERYTHING)
+        if limit.cancelled_caught:
+            raise PmblkError(
+                f"{self.name}: a discard is under way since {QUIESCE_SECONDS} s", hint="try again"
+            )
         with fences.around(0, _EVERYTHING):
-            with trio.move_on_after(QUIESCE_SECONDS):
+            with trio.CancelScope(deadline=deadline):
                 while self.representation.leases:
                     await self._lease_released()
             if self.representation.leases:

@@ -64,17 +64,19 @@ async def resize(namespace: Namespace, size: int) -> None:
         before = media.size
         try:
             media.resize(size)
+            try:
+                new = make(old.kind, media, old.options)
+                _hand_over_poison(old, new)
+                media.trim()
+            except (PmblkError, OSError):
+                media.resize(before)
+                media.trim()
+                raise
         except OSError as error:
             raise PmblkError(
                 f"cannot make {media.path} {size} bytes long: {error.strerror}",
                 hint="choose another size",
             ) from error
-        try:
-            new = make(old.kind, media, old.options)
-            _hand_over_poison(old, new)
-        except PmblkError:
-            media.resize(before)
-            raise
         namespace.install(new)
         old.close()
 

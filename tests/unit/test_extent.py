@@ -125,7 +125,7 @@ def test_what_is_stored_is_written_back_at_once(make_media: MakeMedia, fragments
     assert durability.taken() == [(100, PAGE), (9 * PAGE, 8)]
     window = namespace.representation.window(0, PAGE)
     assert window is not None
-    namespace.representation.stored(0, 3)
+    namespace.representation.stored(0, 3, continued=False)
     assert durability.taken() == [(0, 3)]
     assert not namespace.representation.dirty()
 

@@ -2,9 +2,11 @@
 
 import errno
 import itertools
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -355,3 +357,45 @@ async def test_bad_pages_in_a_long_zeroing_are_zeroed_wherever_it_begins(
     await namespace.complete(namespace.execute([zero]))
     assert zero.status == Status.SUCCESS
     assert namespace.representation.poisoned() == []
+
+
+def _pages(start: int, end: int) -> int:
+    return (end - 1) // 4096 - start // 4096 + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "descriptors_of"),
+    [
+        ("struct-page", {}, _pages),
+        ("struct-page", {"compound": "2MiB"}, lambda _start, _end: 1),
+        ("transient-page", {}, _pages),
+        ("pfn", {}, _pages),
+        ("extent", {}, lambda _start, _end: 1),
+        ("extent", {"fragments": 256}, _pages),
+    ],
+    ids=str,
+)
+def test_a_write_that_arrives_in_pieces_is_described_once(
+    make_namespace: MakeNamespace,
+    kind: str,
+    options: dict[str, Any],
+    descriptors_of: Callable[[int, int], int],
+) -> None:
+    namespace = make_namespace(kind=kind, options=options)
+    chance = random.Random(3)
+    for _ in range(50):
+        start = chance.randrange(20_000)
+        pieces = [chance.choice((1, 4096, 9000, chance.randrange(1, 9000))) for _ in range(6)]
+        before = namespace.representation.counters()
+        command = Command(WRITE, 0, start, sum(pieces))
+        for piece in pieces:
+            window = namespace.window(command)
+            assert window is not None
+            window[:piece] = bytes(piece)
+            namespace.received(command, piece)
+        assert not namespace.execute([command])
+        after = namespace.representation.counters()
+        end = start + sum(pieces)
+        built = after.descriptors_built - before.descriptors_built
+        assert built == descriptors_of(start, end), (start, pieces)
+        assert after.splits - before.splits == (built - 1 if kind == "extent" else 0)

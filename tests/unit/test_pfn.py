@@ -105,5 +105,5 @@ def test_bytes_that_were_received_into_a_window_are_dirty(make_media: MakeMedia)
     window = pfn.window(PAGE, PAGE)
     assert window is not None
     window[:1] = b"x"
-    pfn.stored(PAGE, 1)
+    pfn.stored(PAGE, 1, continued=False)
     assert list(pfn.dirty_extents()) == [(PAGE, PAGE)]

@@ -305,6 +305,43 @@ async def test_a_larger_size_whose_representation_cannot_be_had_is_undone(
     namespace.release([read])
 
 
+async def test_a_smaller_size_whose_representation_cannot_be_had_loses_nothing(
+    make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = make_namespace(2 << 20, kind="struct-page", options={"init": "eager"})
+    last = (2 << 20) - PAGE
+    assert not namespace.execute([write(last, b"x" * PAGE)])
+    monkeypatch.setattr("pmblk.representations.struct_page.available_memory_bytes", lambda: 1)
+    with pytest.raises(PmblkError, match="page table"):
+        await resize(namespace, 1 << 20)
+    read = hold(namespace, last, PAGE)
+    assert content(read) == b"x" * PAGE
+    namespace.release([read])
+    monkeypatch.undo()
+    await resize(namespace, 1 << 20)
+    assert namespace.media.path.stat().st_size == 1 << 20
+
+
+async def test_a_discard_that_waits_for_a_reader_that_hangs_ends_the_change(
+    make_namespace: MakeNamespace, autojump_clock: trio.testing.MockClock
+) -> None:
+    namespace = make_namespace()
+    assert not namespace.execute([write(0, b"x" * PAGE)])
+    held = hold(namespace, 0, PAGE)
+    waiting = namespace.execute([discard(0, PAGE)])
+    assert len(waiting) == 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(namespace.complete, waiting)
+        await trio.testing.wait_all_tasks_blocked()
+        begun = trio.current_time()
+        with pytest.raises(PmblkError, match="a discard is under way"):
+            await to(namespace, "pfn")
+        assert trio.current_time() - begun == pytest.approx(QUIESCE_SECONDS)
+        namespace.release([held])
+    assert namespace.representation.kind == "extent"
+    await to(namespace, "pfn")
+
+
 @pytest.mark.parametrize("size", [PAGE + 512, 3 * PAGE + 512])
 async def test_a_bad_last_page_stays_bad_at_another_size(
     make_namespace: MakeNamespace, size: int

@@ -169,7 +169,7 @@ def test_a_window_is_given_only_when_its_structs_are_there(make_media: MakeMedia
     window = transient.window(3 << 20, 62 * PAGE)
     assert window is not None
     assert len(window) == 62 * PAGE
-    transient.stored((3 << 20) - 1, 62 * PAGE)
+    transient.stored((3 << 20) - 1, 62 * PAGE, continued=False)
     transient.release([lease for lease in leases if lease])
     assert is_at_rest(transient)
 

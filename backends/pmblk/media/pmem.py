@@ -152,14 +152,16 @@ class Media:
         return os.fstat(self._fd).st_blocks * 512
 
     def resize(self, size: int) -> None:
-        """Grow or shrink the file, and map it anew: `view` is another one afterwards.
+        """Serve the first `size` bytes from now on; `view` is another one afterwards.
 
-        Nobody holds a view of the old mapping. What is cut off is lost; what is added is a hole.
-        Raises OSError, and then nothing has changed. Not for a file with a reserve.
+        The file grows if it has to; what is added is a hole. It is not cut before `trim`, so until
+        then the old size can be had back with all its bytes. Nobody holds a view of the old
+        mapping. Raises OSError, and then nothing has changed. Not for a file with a reserve.
         """
         assert not self.reserve_bytes
-        before = self.file_bytes
-        os.ftruncate(self._fd, size)
+        before = os.fstat(self._fd).st_size
+        if size > before:
+            os.ftruncate(self._fd, size)
         try:
             mapping, durability = map_and_detect(self._fd, size, read_only=self.read_only)
         except OSError:
@@ -170,6 +172,10 @@ class Media:
         self._map(mapping)
         self.allocation.take_over(old)
         self.durability.layout_changed()
+
+    def trim(self) -> None:
+        """Give up what the file has past `size`. Raises OSError."""
+        os.ftruncate(self._fd, self.file_bytes)
 
     def close(self) -> None:
         """Unmap and unlock. Views that are still out keep the mapping, not the lock, alive."""

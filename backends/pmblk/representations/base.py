@@ -45,10 +45,7 @@ class Lease(msgspec.Struct, gc=False, eq=False):
 
 
 class RepresentationCounters(msgspec.Struct, kw_only=True):
-    """What a representation cost so far. Bytes, or plain counts; kinds leave at 0 what they lack.
-
-    A write that was received straight into memory counts once for each piece that arrived.
-    """
+    """What a representation cost so far: bytes, or plain counts. A kind leaves 0 what it lacks."""
 
     bytes_copied: int = 0  # by the representation itself; a front end's transfer is not in it
     descriptors_built: int = 0
@@ -71,6 +68,12 @@ class RepresentationCounters(msgspec.Struct, kw_only=True):
     cached_bytes: int = 0
     dirty_bytes: int = 0
     poisoned_bytes: int = 0
+
+
+def beyond(offset: int, length: int, *, unit: int) -> tuple[int, int]:
+    """The range without the unit that it starts in the middle of; the length may be 0."""
+    head = min(-offset % unit, length)
+    return offset + head, length - head
 
 
 def poison_error(offset: int, length: int) -> OSError:
@@ -131,8 +134,11 @@ class Representation(abc.ABC):
         """
         return None
 
-    def stored(self, offset: int, length: int) -> None:
-        """A part of a window has been filled."""
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
+        """A part of a window has been filled; `continued`: not the first one of its write.
+
+        The pieces of one write touch each other, and what two of them share is described once.
+        """
         raise AssertionError(f"{self.kind} has no windows")
 
     def zero(self, offset: int, length: int) -> None:

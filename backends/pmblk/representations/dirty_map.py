@@ -31,10 +31,12 @@ class DirtyMap:
     def __init__(self, pages: int) -> None:
         chunks = -(-pages // _CHUNK_PAGES)
         self.bytes = -(-pages // 8)
+        self._pages = pages
         self._bits = anonymous(max(chunks, 1) * _CHUNK_BYTES)
         self._summary = bytearray(chunks)
 
     def __bool__(self) -> bool:
+        """Whether a page may be dirty; what was cleared counts until `extents` has passed by."""
         return 1 in self._summary
 
     def mark(self, first: int, count: int) -> None:
@@ -57,9 +59,10 @@ class DirtyMap:
         last = (end - 1 >> _CHUNK_SHIFT) + 1
         chunk = self._summary.find(1, first >> _CHUNK_SHIFT, last)
         while chunk >= 0:
-            start = max(first, chunk << _CHUNK_SHIFT)
-            self._clear_bits(start, min(end, chunk + 1 << _CHUNK_SHIFT) - start)
-            if not self._in_chunk(chunk).any():
+            whole = chunk << _CHUNK_SHIFT, min(chunk + 1 << _CHUNK_SHIFT, self._pages)
+            start, stop = max(first, whole[0]), min(end, whole[1])
+            self._clear_bits(start, stop - start)
+            if (start, stop) == whole:
                 self._summary[chunk] = 0
             chunk = self._summary.find(1, chunk + 1, last)
 
@@ -83,6 +86,8 @@ class DirtyMap:
         while chunk >= 0:
             bits = np.unpackbits(self._in_chunk(chunk), bitorder="little")
             yield from page_extents(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
+            if not self._in_chunk(chunk).any():
+                self._summary[chunk] = 0
             chunk = self._summary.find(1, chunk + 1)
 
     def resident_bytes(self) -> int:

@@ -88,9 +88,9 @@ class ExtentRepresentation(Representation):
             return None
         return self._view[offset : offset + length]
 
-    def stored(self, offset: int, length: int) -> None:
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self.media.stored(offset, length)
-        self._writes += 1
+        self._writes += not continued
 
     # ---- poison: extents again, a bad one for each run of bad pages
 
@@ -197,17 +197,21 @@ class FragmentedExtents(ExtentRepresentation):
 
     def write(self, offset: int, payload: "memoryview | bytes") -> bool:
         super().write(offset, payload)
-        self._count_stored(offset, len(payload))
+        self._count_stored(offset, len(payload), continued=False)
         return True
 
-    def stored(self, offset: int, length: int) -> None:
-        super().stored(offset, length)
-        self._count_stored(offset, length)
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
+        super().stored(offset, length, continued=continued)
+        self._count_stored(offset, length, continued=continued)
 
-    def _count_stored(self, offset: int, length: int) -> None:
+    def _count_stored(self, offset: int, length: int, *, continued: bool) -> None:
+        """The extents that are new to this write; all but its first are cuts."""
         touched = self._touched(offset, length)
-        self._stored += len(touched)
-        self._splits += len(touched) - 1
+        new = len(touched)
+        if continued and offset != self._starts[touched.start]:
+            new -= 1
+        self._stored += new
+        self._splits += new if continued else new - 1
 
     def counters(self) -> RepresentationCounters:
         counters = super().counters()

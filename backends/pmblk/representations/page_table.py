@@ -118,7 +118,13 @@ class PageTable:
             flags[at] |= bits
 
     def clear_flags(self, first: int, count: int, bits: int) -> None:
-        self.flags[first : first + count] &= np.uint64(~bits & 0xFFFF_FFFF_FFFF_FFFF)
+        mask = ~bits & 0xFFFF_FFFF_FFFF_FFFF
+        if count > SCALAR_PAGES:
+            self.flags[first : first + count] &= np.uint64(mask)
+            return
+        flags = self.word_items
+        for at in range(first * WORDS, (first + count) * WORDS, WORDS):
+            flags[at] &= mask
 
     def any_flags(self, first: int, count: int, bits: int) -> bool:
         """Whether one of them has one of the bits."""

@@ -15,7 +15,7 @@ from typing import Literal
 from pmblk import pages
 from pmblk.media import Media
 from pmblk.pages import PAGE_BYTES
-from pmblk.representations.base import Lease, Representation, RepresentationCounters
+from pmblk.representations.base import Lease, Representation, RepresentationCounters, beyond
 from pmblk.representations.descriptors import PFN_BYTES, pfns
 from pmblk.representations.dirty_map import DirtyMap
 
@@ -88,12 +88,15 @@ class PfnRepresentation(Representation):
             return None
         return self._view[offset : offset + length]
 
-    def stored(self, offset: int, length: int) -> None:
-        first, count = pages.span(offset, length)
-        pfns(first, count)
-        self._dirty.mark(first, count)
-        self._writes += 1
-        self._written += count
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
+        self._dirty.mark(*pages.span(offset, length))
+        if continued:
+            offset, length = beyond(offset, length, unit=PAGE_BYTES)
+        if length:
+            first, count = pages.span(offset, length)
+            pfns(first, count)
+            self._written += count
+        self._writes += not continued
 
     def dirty(self) -> bool:
         return bool(self._dirty)

@@ -25,7 +25,7 @@ from pmblk.media import Media
 from pmblk.media.syscalls import available_memory_bytes, resident_bytes
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import round_out
-from pmblk.representations.base import Lease, Representation, RepresentationCounters
+from pmblk.representations.base import Lease, Representation, RepresentationCounters, beyond
 from pmblk.representations.descriptors import BVEC_BYTES, bvecs
 from pmblk.representations.dirty_map import page_extents
 from pmblk.representations.page_table import (
@@ -38,7 +38,8 @@ from pmblk.representations.page_table import (
 )
 from pmblk.units import format_size
 
-SECTION_PAGES = 512  # 2 MiB
+SECTION_PAGES = 512
+SECTION_BYTES = SECTION_PAGES * PAGE_BYTES  # 2 MiB
 SECTION_STRUCTS_KEPT = 128  # of 512, when compound: two pages of structs of eight
 
 
@@ -51,7 +52,8 @@ class StructPageRepresentation(Representation):
         compound: Literal["none", "2MiB"] = "none"
 
     kind = "struct-page"
-    section_structs = SECTION_PAGES
+    section_structs = SECTION_PAGES  # in the table, for each section
+    unit_bytes = PAGE_BYTES  # what one struct stands for
 
     @classmethod
     def over(cls, media: Media, options: Any) -> "StructPageRepresentation":
@@ -181,10 +183,13 @@ class StructPageRepresentation(Representation):
             self._reserve_structs(*pages.span(offset, length))
         return self._view[offset : offset + length]
 
-    def stored(self, offset: int, length: int) -> None:
-        first, count, _ = self._describe(offset, length)
-        self._mark_dirty(first, count)
-        self._writes += 1
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
+        self._mark_dirty(*pages.span(offset, length))
+        if continued:
+            offset, length = beyond(offset, length, unit=self.unit_bytes)
+        if length:
+            self._describe(offset, length)
+        self._writes += not continued
 
     def _mark_dirty(self, first: int, count: int) -> None:
         for start, structs in self._structs(first, count):
@@ -197,6 +202,8 @@ class StructPageRepresentation(Representation):
     def dirty_extents(self) -> Iterator[tuple[int, int]]:
         for section in _marked(self._dirty_sections, 0, self._pages):
             yield from self._dirty_in(section)
+            if not self._dirty_in(section):
+                self._dirty_sections[section] = 0
 
     def _dirty_in(self, section: int) -> list[tuple[int, int]]:
         first = section * SECTION_PAGES
@@ -215,13 +222,14 @@ class StructPageRepresentation(Representation):
             self._mark_clean(gone.start, len(gone))
 
     def _mark_clean(self, first: int, count: int) -> None:
-        """Only in dirty sections: the other structs may have no memory, and need none."""
+        """Only in dirty sections: the other structs may have no memory, and need none.
+
+        The mark of the section stays until `dirty_extents` has found nothing there.
+        """
         for section in _marked(self._dirty_sections, first, count):
             start = max(first, section * SECTION_PAGES)
             end = min(first + count, (section + 1) * SECTION_PAGES)
             self._table.clear_flags(start, end - start, DIRTY)
-            if not self._dirty_in(section):
-                self._dirty_sections[section] = 0
 
     # ---- poison: a mark in the struct; the list is for those who want all of them
 
@@ -281,6 +289,7 @@ class CompoundStructPage(StructPageRepresentation):
     """
 
     section_structs = SECTION_STRUCTS_KEPT
+    unit_bytes = SECTION_BYTES
 
     def _structs_needed(self) -> int:
         return -(-self._pages // SECTION_PAGES) * SECTION_STRUCTS_KEPT
@@ -291,28 +300,26 @@ class CompoundStructPage(StructPageRepresentation):
 
     def _bvecs(self, offset: int, length: int, first: int, count: int) -> Any:
         """One for each 2 MiB, with an offset inside them."""
-        section_bytes = SECTION_PAGES * PAGE_BYTES
         vector, end = [], offset + length
         for struct, _ in self._structs(first, count):
-            stop = min(end, offset - offset % section_bytes + section_bytes)
+            stop = min(end, offset - offset % SECTION_BYTES + SECTION_BYTES)
             address = self._table.address + struct * STRUCT_BYTES
-            vector.append((address, stop - offset, offset % section_bytes))
+            vector.append((address, stop - offset, offset % SECTION_BYTES))
             offset = stop
         return vector
 
     def lifetime_unit(self, offset: int, length: int) -> tuple[int, int]:
-        return round_out(offset, length, unit=SECTION_PAGES * PAGE_BYTES)
+        return round_out(offset, length, unit=SECTION_BYTES)
 
     def _dirty_in(self, section: int) -> list[tuple[int, int]]:
         if not self._table.any_flags(section * SECTION_STRUCTS_KEPT, 1, DIRTY):
             return []
-        section_bytes = SECTION_PAGES * PAGE_BYTES
-        offset = section * section_bytes
-        return [(offset, min(section_bytes, self.media.size - offset))]
+        offset = section * SECTION_BYTES
+        return [(offset, min(SECTION_BYTES, self.media.size - offset))]
 
     def write_back(self, offset: int, length: int) -> None:
         """All of each 2 MiB, whatever the range: there is one mark for them."""
-        start, span = round_out(offset, length, unit=SECTION_PAGES * PAGE_BYTES)
+        start, span = round_out(offset, length, unit=SECTION_BYTES)
         span = min(span, self.media.size - start)
         self.media.write_back_pages(*pages.span(start, span))
         for struct, _ in self._structs(*pages.span(start, span)):

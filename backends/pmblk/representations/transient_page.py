@@ -19,7 +19,7 @@ from pmblk import pages
 from pmblk.media import Media
 from pmblk.media.syscalls import resident_bytes
 from pmblk.pages import PAGE_BYTES
-from pmblk.representations.base import Lease, Representation, RepresentationCounters
+from pmblk.representations.base import Lease, Representation, RepresentationCounters, beyond
 from pmblk.representations.descriptors import BVEC_BYTES, bvecs
 from pmblk.representations.page_table import SCALAR_PAGES, STRUCT_BYTES, PageTable, anonymous
 
@@ -184,12 +184,15 @@ class TransientPageRepresentation(Representation):
             return None
         return self._view[offset : offset + length]
 
-    def stored(self, offset: int, length: int) -> None:
-        lease = self._describe(offset, length)
-        assert lease is not None, "window saw to it, and nobody else ran since"
+    def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self.media.stored(offset, length)
-        self._return(lease)
-        self._writes += 1
+        if continued:
+            offset, length = beyond(offset, length, unit=PAGE_BYTES)
+        if length:
+            lease = self._describe(offset, length)
+            assert lease is not None, "window saw to it, and nobody else ran since"
+            self._return(lease)
+        self._writes += not continued
 
     # ---- what it cost
 
