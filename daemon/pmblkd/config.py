@@ -306,7 +306,12 @@ def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> Repres
             return RepresentationError(option, f"{found!r} is not known", hint=choices)
         message = match[1].replace("`", "").replace("Expected", "expected")
         return RepresentationError(option, message, hint=f"found {found!r}")
-    return RepresentationError("", text.replace("`", ""))
+    # A ValueError of the options themselves begins with the option's name, where it is theirs.
+    known = KINDS[kind].Options.__struct_fields__
+    option, _, message = text.partition(" ")
+    if option in known:
+        return RepresentationError(option, message)
+    return RepresentationError(known[0] if len(known) == 1 else "", text.replace("`", ""))
 
 
 def _choices(kind: str, option: str) -> str:

@@ -97,8 +97,20 @@ def test_the_full_config_shows_the_defaults() -> None:
         (
             '"1GiB"',
             '"1GiB"\nrepresentation = {kind = "page-cache", arena = "3KiB"}',
-            "namespace[0].representation",
+            "namespace[0].representation.arena",
             "at least 1MiB",
+        ),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = {kind = "page-cache", arena = "1GB"}',
+            "namespace[0].representation.arena",
+            "'1GB' is not a size",
+        ),
+        (
+            '"1GiB"',
+            '"1GiB"\nrepresentation = {kind = "transient-page", pool_pages = 1}',
+            "namespace[0].representation.pool_pages",
+            "1 is not in 256 to",
         ),
         ('["unix:/run/pmblk/nbd.sock"]', "[]", "nbd.listen", "is empty"),
         ('["unix:/run/pmblk/nbd.sock"]', '["unix:x"]', "nbd.listen[0]", "no address"),
