@@ -13,6 +13,7 @@ import trio
 from cyclopts import Parameter
 
 from pmblk import PmblkError
+from pmblk.representations import KINDS
 from pmblk.units import parse_size
 from pmblkd import (
     __version__,
@@ -53,13 +54,25 @@ Overrides = Annotated[
     Parameter(
         name="--set",
         negative="",
-        help="key=value in place of the file's: nbd.max_connections=8, namespace.ns1.size=2GiB.",
+        help="A value to use in place of the file's: nbd.max_connections=8,"
+        " namespace.ns1.size=2GiB; may be repeated.",
     ),
 ]
 Socket = Annotated[Path, Parameter(help="The daemon's control socket.", env_var="PMBLK_SOCKET")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
-Offset = Annotated[str, Parameter(help="Where it begins: bytes, or KiB, MiB, GiB, TiB.")]
-Length = Annotated[str, Parameter(help="How long it is: bytes, or KiB, MiB, GiB, TiB.")]
+AsJson = Annotated[
+    bool,
+    Parameter(
+        name="--json", negative="", show_default=False, help="Print JSON, which programs can read."
+    ),
+]
+Name = Annotated[str, Parameter(help="The namespace, by its name in the config.")]
+Kind = Annotated[str, Parameter(help=f"How to describe the memory of an I/O: {', '.join(KINDS)}.")]
+Offset = Annotated[
+    str, Parameter(help="Where the range begins: a number of bytes, or of KiB, MiB, GiB, TiB.")
+]
+Length = Annotated[
+    str, Parameter(help="How long the range is: a number of bytes, or of KiB, MiB, GiB, TiB.")
+]
 CHANGE_SECONDS = 300  # a large page table takes its time
 SAVE_SECONDS = 24 * 3600
 DEFAULT_SOCKET = Path(configuration.ControlConfig().socket)
@@ -90,7 +103,7 @@ def list_(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
 
 
 @app.command
-def stats(name: str, /, *, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+def stats(name: Name, /, *, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """Show what a namespace did since it was opened, and what its representation cost."""
     report = control.ask(socket, "stats", StatsReport, name=name)
     _print(report, views.stats(report), json=json)
@@ -98,13 +111,15 @@ def stats(name: str, /, *, socket: Socket = DEFAULT_SOCKET, json: AsJson = False
 
 @app.command
 def switch(
-    name: str,
-    kind: str,
+    name: Name,
+    kind: Kind,
     /,
     *,
     option: Annotated[
         list[str] | None,
-        Parameter(negative="", help="key=value for the representation: arena=128MiB."),
+        Parameter(
+            negative="", help="An option of KIND, as key=value: arena=128MiB; may be repeated."
+        ),
     ] = None,
     socket: Socket = DEFAULT_SOCKET,
     json: AsJson = False,
@@ -140,7 +155,7 @@ def reload(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
 
 @app.command
 def describe(
-    name: str,
+    name: Name,
     /,
     *,
     offset: Offset = "0",
@@ -149,14 +164,14 @@ def describe(
     json: AsJson = False,
 ) -> None:
     """Show how an I/O would be described: memory, PRP entries, SGL descriptors, as bytes."""
-    where = {"offset": _size("--offset", offset), "length": _size("--length", length)}
+    where = {"offset": _size("--offset", offset), "length": _length(length)}
     report = control.ask(socket, "describe", DescriptionReport, name=name, **where)
     _print(report, views.description(report), json=json)
 
 
 @app.command
 def poison(
-    name: str,
+    name: Name,
     /,
     *,
     offset: Offset,
@@ -164,15 +179,18 @@ def poison(
     socket: Socket = DEFAULT_SOCKET,
     json: AsJson = False,
 ) -> None:
-    """Make memory of a namespace fail, as media errors do: EIO until whole pages are written."""
-    where = {"offset": _size("--offset", offset), "length": _size("--length", length)}
+    """Make memory of a namespace fail with EIO, as after an uncorrectable media error.
+
+    Whole pages of 4 KiB go bad. Each is bad until it is written, zeroed or discarded as a whole.
+    """
+    where = {"offset": _size("--offset", offset), "length": _length(length)}
     report = control.ask(socket, "poison", PoisonReport, name=name, **where)
     _print(report, views.poisoned(report), json=json)
 
 
 @app.command
 def save(
-    name: str,
+    name: Name,
     target: Annotated[Path, Parameter(help="A block device, or a file to make or empty.")],
     /,
     *,
@@ -191,12 +209,15 @@ def save(
 
 @app.command
 def attach(
-    name: str,
+    name: Name,
     /,
     *,
     via: Annotated[
         attaching.Via | None,
-        Parameter(help="The kernel driver; loop if there is a FUSE file, else nbd."),
+        Parameter(
+            help="The kernel's driver to use. Without it: loop where there is a FUSE file, else"
+            " nbd."
+        ),
     ] = None,
     socket: Socket = DEFAULT_SOCKET,
     json: AsJson = False,
@@ -208,7 +229,7 @@ def attach(
 
 @app.command
 def detach(
-    name: str,
+    name: Name,
     /,
     *,
     socket: Socket = DEFAULT_SOCKET,
@@ -227,18 +248,42 @@ def compare(
     config: ConfigFile,
     /,
     *,
-    namespace: Annotated[str | None, Parameter(help="Whose size and place; the first.")] = None,
-    size: Annotated[str | None, Parameter(help="At most that much; 1GiB.")] = None,
-    seconds: Annotated[float, Parameter(help="Of each run of fio.")] = 1.0,
+    namespace: Annotated[
+        str | None,
+        Parameter(
+            help="The namespace whose directory, size and block size are taken. Without it: the"
+            " first of the config."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        Parameter(help="The most that is worked on, of a larger namespace. Without it: 1GiB."),
+    ] = None,
+    seconds: Annotated[float, Parameter(help="How long each run of fio lasts.")] = 1.0,
     rounds: Annotated[int, Parameter(help="How often each run is made.")] = 3,
-    rows: Annotated[str, Parameter(help="Only loads whose name has this pattern: nbd-4k.")] = "",
+    rows: Annotated[
+        str,
+        Parameter(
+            show_default=False,
+            help="A regular expression: only loads whose name it is found in, such as nbd-4k or"
+            " 'loop-.*-qd1$'.",
+        ),
+    ] = "",
     only: Annotated[
-        list[str] | None, Parameter(negative="", help="Only this representation; repeatable.")
+        list[str] | None,
+        Parameter(
+            negative="", help="A representation to compare; may be repeated. Without it: all."
+        ),
     ] = None,
     variants: Annotated[
-        bool, Parameter(negative="", help="With options that change what a representation costs.")
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Compare representations also with options that change what they cost.",
+        ),
     ] = False,
-    output: Annotated[Path, Parameter(help="The directory for the report.")] = Path(
+    output: Annotated[Path, Parameter(help="The directory that the report is written to.")] = Path(
         "pmblk-compare"
     ),
     overrides: Overrides = None,
@@ -294,10 +339,21 @@ def _size(option: str, text: str) -> int:
         raise PmblkError(f"{option}: {error}") from None
 
 
+def _length(text: str) -> int:
+    length = _size("--length", text)
+    if not length:
+        raise PmblkError("--length: 0 bytes are no range", hint="at least 1")
+    return length
+
+
 def _print(report: Report | Sequence[Report], view: str, *, json: bool) -> None:
     if json:
         view = msgspec.json.format(msgspec.json.encode(report)).decode()
     print(view)
+
+
+def _commands() -> list[str]:
+    return [name for name in app if not name.startswith("-")]
 
 
 def _columns() -> int:
@@ -317,8 +373,12 @@ def main() -> None:
         if error.filename is not None:
             raise
         _fail(f"cannot write the answer: {error.strerror}", 1)
+    except cyclopts.UnknownCommandError as error:
+        word, *_ = error.unused_tokens or [""]
+        _fail(f"no command {word}; {did_you_mean(word, _commands())}", 2)
     except cyclopts.CycloptsError as error:
-        _fail(f"{str(error).rstrip().rstrip('.')}; see pmblk --help", 2)
+        command = " ".join(["pmblk", *(error.command_chain or ())])
+        _fail(f"{str(error).rstrip().rstrip('.')}; see {command} --help", 2)
     except (PmblkError, BaseExceptionGroup) as error:
         reason = only_ours(error)
         if reason is None:

@@ -159,8 +159,8 @@ def saved(report: SaveReport) -> str:
 
 def poisoned(report: PoisonReport) -> str:
     return (
-        f"{report.name}: {format_size(report.length)} at {report.offset} are bad until they are "
-        "written as a whole"
+        f"{report.name}: {format_size(report.length)} at {report.offset} are bad now;\n"
+        "each page is bad until it is written, zeroed or discarded as a whole"
     )
 
 

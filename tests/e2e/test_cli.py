@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pmblk.representations import KINDS
 from tests.e2e.test_cli_configs import GOOD, SECONDS, complaint, everything_in, pmblk, refusal
 from tests.harness.daemon import PMBLK, Daemon, running, scratch
 from tests.harness.file_systems import attached, make, mounted, run
@@ -309,9 +310,9 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("frobnicate",), 'Unknown command "frobnicate"'),
-        (("chekc", "a.toml"), 'Did you mean "check"?'),
-        (("check",), "CONFIG"),
+        (("frobnicate",), "no command frobnicate; known are serve, check, list"),
+        (("chekc", "a.toml"), 'no command chekc; did you mean "check"?'),
+        (("check",), "CONFIG requires an argument; see pmblk check --help"),
         (("check", "a.toml", "--ste", "a=b"), "--set"),
         (("list", "surplus"), "surplus"),
         (("attach", "data", "--via", "usb"), '"loop", "nbd"'),
@@ -347,3 +348,12 @@ def test_the_completion_for_bash_parses_and_completes_the_commands() -> None:
         words = 'COMP_WORDS=(pmblk ""); COMP_CWORD=1; _pmblk; echo "${COMPREPLY[@]}"'
         completed = run("bash", "-c", f"source {script}; {words}").split()
         assert {"serve", "check", "list", "attach", "detach"} <= set(completed)
+
+
+def test_help_lists_the_kinds_and_no_default_that_is_nothing() -> None:
+    words = pmblk("switch", "--help").stdout.split()
+    assert {f"{kind}," for kind in list(KINDS)[:-1]} <= set(words)
+    for command in ("switch", "compare", "poison", "list"):
+        text = pmblk(command, "--help").stdout
+        assert "[default: False]" not in text
+        assert '""]' not in text

@@ -88,7 +88,10 @@ def test_numbers_among_the_options_may_be_text(daemon: Daemon) -> None:
         (("describe", "data", "--offset", "64MiB"), "it has 67108864 bytes"),
         (("describe", "data", "--offset", "1MB"), "--offset: '1MB' is not a size"),
         (("describe", "data", "--length", "33MiB"), "at most 32MiB"),
-        (("describe", "data", "--length", "0"), "no 0 bytes at 0"),
+        (("describe", "data", "--length", "0"), "--length: 0 bytes are no range; at least 1"),
+        (("poison", "data", "--offset", "0", "--length", "0"), "--length: 0 bytes are no range"),
+        (("switch", "data", "extent", "--option", "fragments=0"), "extent.fragments: 0 is not in"),
+        (("switch", "data", "page-cache", "--option", "arena=1GB"), "page-cache.arena: '1GB'"),
         (("poison", "data"), "--offset"),
         (("poison", "data", "--offset", "64MiB"), "it has 67108864 bytes"),
     ],
@@ -136,7 +139,10 @@ def test_a_hole_has_nothing_to_describe(daemon: Daemon) -> None:
 
 def test_poisoned_pages_fail_until_they_are_written_as_a_whole(daemon: Daemon) -> None:
     line = answer(daemon, "poison", "data", "--offset", "40MiB", "--length", "1")
-    assert line == "data: 4 KiB at 41943040 are bad until they are written as a whole\n"
+    assert line == (
+        "data: 4 KiB at 41943040 are bad now;\n"
+        "each page is bad until it is written, zeroed or discarded as a whole\n"
+    )
     with connected(daemon.directory / "nbd.sock") as client:
         assert client.ask(0, 40 << 20, 1).error == 5
         assert "poisoned" in answer(daemon, "stats", "data")
