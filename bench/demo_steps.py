@@ -130,7 +130,7 @@ class Demo:
     @property
     def _size(self) -> int:
         (namespace,) = self._daemon.list()
-        return int(namespace["size"])
+        return int(namespace["size_bytes"])
 
     # ---- fio
 

@@ -69,7 +69,7 @@ def _attach_loop(namespace: NamespaceReport) -> Path:
             return device
         return loop.attach(
             file,
-            block_bytes=namespace.lba_size,
+            block_bytes=namespace.lba_bytes,
             read_only=namespace.read_only,
             discards=fuse.discards,
         )
@@ -106,7 +106,7 @@ def nbd_client_arguments(namespace: NamespaceReport, device: Path) -> list[str]:
         match = re.fullmatch(r"nbd://\[?(.+?)\]?:(\d+)/.*", uris[0])
         assert match is not None, uris[0]
         server = [match[1], match[2]]
-    size = str(namespace.lba_size)
+    size = str(namespace.lba_bytes)
     options = ["-name", namespace.name, "-block-size", size]
     # With netlink nbd-client is gone at once, and nobody could say which export the device has.
     options.append("-nonetlink")

@@ -30,7 +30,9 @@ from pmblkd import (
 )
 from pmblkd.errors import WorkFailed, did_you_mean, only_ours
 from pmblkd.reports import (
+    AttachReport,
     DescriptionReport,
+    DetachReport,
     NamespaceReport,
     PoisonReport,
     ReloadReport,
@@ -224,7 +226,8 @@ def attach(
 ) -> None:
     """Make a namespace a block device of this machine; print the device."""
     device = attaching.attach(_find(name, socket), via=via)
-    print(msgspec.json.encode({"device": str(device)}).decode() if json else device)
+    report = AttachReport(name=name, device=str(device))
+    _print(report, report.device, json=json)
 
 
 @app.command
@@ -236,11 +239,9 @@ def detach(
     json: AsJson = False,
 ) -> None:
     """Take the block device of a namespace away."""
-    devices = [str(device) for device in attaching.detach(_find(name, socket))]
-    if json:
-        print(msgspec.json.encode({"devices": devices}).decode())
-    else:
-        print("\n".join(devices) or f"{name} is not attached")
+    devices = attaching.detach(_find(name, socket))
+    report = DetachReport(name=name, devices=[str(device) for device in devices])
+    _print(report, views.detached(report), json=json)
 
 
 @app.command

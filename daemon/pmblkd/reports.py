@@ -1,5 +1,7 @@
 """What the daemon says on its control socket: one type an answer, for both ends and for `--json`.
 
+`AttachReport` and `DetachReport` are the command line's own: the daemon knows of no attachment.
+
 Sizes are bytes, times are seconds. A field that is added is no break; one that changes is.
 """
 
@@ -38,11 +40,11 @@ class NamespaceReport(Report, frozen=True):
 
     name: str
     path: str
-    size: int
-    allocated: int
-    lba_size: int
+    size_bytes: int
+    allocated_bytes: int
+    lba_bytes: int
     read_only: bool
-    reserve: int
+    reserve_bytes: int
     representation: RepresentationReport
     durability: str
     durability_reason: str
@@ -136,6 +138,20 @@ class SaveReport(Report, frozen=True):
     hole_bytes: int
     copied_bytes: int
     seconds: float
+
+
+class AttachReport(Report, frozen=True):
+    """A namespace is a block device of this machine."""
+
+    name: str
+    device: str
+
+
+class DetachReport(Report, frozen=True):
+    """The block devices of a namespace that are gone now; none where it was not attached."""
+
+    name: str
+    devices: list[str]
 
 
 class Refusal(Report, frozen=True):

@@ -9,6 +9,7 @@ from pmblk.representations import KINDS
 from pmblk.units import format_size
 from pmblkd.reports import (
     DescriptionReport,
+    DetachReport,
     NamespaceReport,
     PoisonReport,
     PrpReport,
@@ -33,13 +34,13 @@ def namespaces(reports: Iterable[NamespaceReport], *, columns: int) -> str:
 
 def _namespace(report: NamespaceReport, columns: int) -> Iterator[str]:
     facts = [
-        format_size(report.size),
-        f"{format_size(report.allocated)} used",
-        f"LBA {report.lba_size}",
+        format_size(report.size_bytes),
+        f"{format_size(report.allocated_bytes)} used",
+        f"LBA {report.lba_bytes}",
         representation(report.representation),
     ]
-    if report.reserve:
-        facts.append(f"{format_size(report.reserve)} reserve")
+    if report.reserve_bytes:
+        facts.append(f"{format_size(report.reserve_bytes)} reserve")
     if report.read_only:
         facts.append("read-only")
     lines = [", ".join(facts), f"{report.durability}: {report.durability_reason}"]
@@ -162,6 +163,11 @@ def poisoned(report: PoisonReport) -> str:
         f"{report.name}: {format_size(report.length)} at {report.offset} are bad now;\n"
         "each page is bad until it is written, zeroed or discarded as a whole"
     )
+
+
+def detached(report: DetachReport) -> str:
+    """A line a device."""
+    return "\n".join(report.devices) or f"{report.name} is not attached"
 
 
 def _time(seconds: float) -> str:

@@ -176,7 +176,9 @@ def test_list_json_is_what_the_daemon_says(daemon: Daemon) -> None:
         "data",
         "a-namespace-with-quite-a-long-name.v2",
     ]
-    assert {"size": 64 << 20, "lba_size": 4096, "read_only": False}.items() <= listed[0].items()
+    assert {"size_bytes": 64 << 20, "lba_bytes": 4096, "read_only": False}.items() <= listed[
+        0
+    ].items()
     assert listed[0]["nbd"] == [daemon.uri("data")]
 
 
@@ -197,14 +199,20 @@ def test_the_socket_may_come_from_the_environment(daemon: Daemon) -> None:
 def test_attaching_twice_gives_the_same_device(daemon: Daemon) -> None:
     with attached(daemon, "data") as device:
         assert answer(daemon, "attach", "data") == f"{device}\n"
-        assert json.loads(answer(daemon, "attach", "data", "--json")) == {"device": str(device)}
+        assert json.loads(answer(daemon, "attach", "data", "--json")) == {
+            "name": "data",
+            "device": str(device),
+        }
         assert run("blockdev", "--getsize64", str(device)).strip() == str(64 << 20)
 
 
 def test_detach_says_which_device_is_gone_and_only_once(daemon: Daemon) -> None:
+    def detach_as_json() -> object:
+        return json.loads(answer(daemon, "detach", "data", "--json"))
+
     device = answer(daemon, "attach", "data").strip()
-    assert json.loads(answer(daemon, "detach", "data", "--json")) == {"devices": [device]}
-    assert json.loads(answer(daemon, "detach", "data", "--json")) == {"devices": []}
+    assert detach_as_json() == {"name": "data", "devices": [device]}
+    assert detach_as_json() == {"name": "data", "devices": []}
     assert answer(daemon, "detach", "data") == "data is not attached\n"
 
 

@@ -123,8 +123,8 @@ def test_a_file_has_the_blocks_that_were_written() -> None:
         # Another view of the same number: nothing is cached there.
         (namespace,) = (one for one in fresh.list() if one["name"] == "data")
         assert before * 512 < MIB
-        assert MIB <= namespace["allocated"] <= MIB + before * 512
-        assert (fresh.directory / "data.img").stat().st_blocks * 512 == namespace["allocated"]
+        assert MIB <= namespace["allocated_bytes"] <= MIB + before * 512
+        assert (fresh.directory / "data.img").stat().st_blocks * 512 == namespace["allocated_bytes"]
 
 
 def test_df_shows_the_namespaces_together(mnt: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_namespace_grows_and_never_shrinks(daemon: Daemon) -> None:
         report = daemon.reload(ONE + TWO + REST)
         assert changes(report) == {"refused": ["namespace.one.size"]}
         assert report.refused[0].reason == "a namespace that is served can grow, not shrink"
-    assert daemon.list()[0]["size"] == 8 * UNIT
+    assert daemon.list()[0]["size_bytes"] == 8 * UNIT
 
 
 def test_a_reserve_makes_room_for_a_page_table_on_the_device(daemon: Daemon) -> None:
@@ -233,7 +233,7 @@ def test_a_reserve_makes_room_for_a_page_table_on_the_device(daemon: Daemon) -> 
     three = TWO.replace("two", "three") + "reserve = true\n"
     report = daemon.reload(ONE + "reserve = true\n" + TWO + three + REST)
     assert changes(report) == {"added": ["three"], "refused": ["namespace.one.reserve"]}
-    listed = {one["name"]: (one["size"], one["reserve"]) for one in daemon.list()}
+    listed = {one["name"]: (one["size_bytes"], one["reserve_bytes"]) for one in daemon.list()}
     assert listed["one"] == (4 * UNIT, 0)
     assert listed["three"] == (2 * UNIT * 63 // 64, 2 * UNIT // 64)
     daemon.switch("three", "struct-page", memmap="device")
@@ -338,7 +338,7 @@ def test_a_file_that_is_wrong_changes_nothing_and_is_one_line() -> None:
 def test_the_overrides_of_the_start_hold_for_every_reload() -> None:
     with running(ONE + TWO + REST, overrides=["namespace.one.size=8MiB"]) as daemon:
         assert changes(daemon.reload()) == {}
-        assert daemon.list()[0]["size"] == 8 * UNIT
+        assert daemon.list()[0]["size_bytes"] == 8 * UNIT
 
 
 def test_a_hangup_reloads_and_a_file_that_is_wrong_is_logged(daemon: Daemon) -> None:

@@ -289,7 +289,7 @@ def _setup(plan: Plan, served: NamespaceReport, scratch: Path, left_out: list[st
         durability=served.durability,
         durability_reason=served.durability_reason,
         file_bytes=plan.file_bytes,
-        size_bytes=served.size,
+        size_bytes=served.size_bytes,
         lba_bytes=plan.lba_bytes,
         busy_poll_us=plan.busy_poll_us,
         seconds=wishes.seconds,

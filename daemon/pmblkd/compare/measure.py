@@ -108,13 +108,13 @@ def _run(stage: Stage, arguments: Sequence[str], seconds: float, check: Check) -
 
 def _nbd(stage: Stage) -> list[str]:
     namespace = stage.namespace
-    return ["--ioengine=nbd", f"--uri={namespace.nbd[0]}", f"--size={namespace.size}"]
+    return ["--ioengine=nbd", f"--uri={namespace.nbd[0]}", f"--size={namespace.size_bytes}"]
 
 
 def _loop(stage: Stage) -> list[str]:
     """A device that has vanished must not come back as a file of that name."""
     target = ["--ioengine=libaio", "--direct=1", f"--filename={stage.device}"]
-    return [*target, "--allow_file_create=0", f"--size={stage.namespace.size}"]
+    return [*target, "--allow_file_create=0", f"--size={stage.namespace.size_bytes}"]
 
 
 def _load(row: Row, seconds: float) -> list[str]:
