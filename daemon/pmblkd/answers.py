@@ -21,7 +21,7 @@ from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
 from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
-from pmblkd.registry import Device, Registry
+from pmblkd.registry import Registry, Served
 from pmblkd.reports import (
     DescriptionReport,
     FuseReport,
@@ -109,12 +109,12 @@ class Answers:
         return self._registry.named(name).namespace
 
 
-def namespace_report(device: Device, config: Config, fuse: Pyfuse3Engine | None) -> NamespaceReport:
+def namespace_report(served: Served, config: Config, fuse: Pyfuse3Engine | None) -> NamespaceReport:
     """`config` is the one in force; `fuse` None where nothing is mounted."""
-    namespace, media = device.namespace, device.namespace.media
+    namespace, media = served.namespace, served.namespace.media
     addresses = config.nbd.addresses if config.nbd is not None else []
     return NamespaceReport(
-        name=device.name,
+        name=served.name,
         path=str(media.path),
         size_bytes=namespace.size,
         allocated_bytes=media.allocated_bytes(),
@@ -125,17 +125,17 @@ def namespace_report(device: Device, config: Config, fuse: Pyfuse3Engine | None)
         durability=media.durability.level,
         durability_reason=media.durability.reason,
         punches_holes=media.punches,
-        nbd=[_uri(address, device.name) for address in addresses],
-        fuse=_fuse_report(device, config, fuse),
-        users=device.users,
-        draining=device.draining,
+        nbd=[_uri(address, served.name) for address in addresses],
+        fuse=_fuse_report(served, config, fuse),
+        users=served.users,
+        draining=served.draining,
     )
 
 
-def _fuse_report(device: Device, config: Config, fuse: Pyfuse3Engine | None) -> FuseReport | None:
+def _fuse_report(served: Served, config: Config, fuse: Pyfuse3Engine | None) -> FuseReport | None:
     if config.fuse is None or fuse is None:
         return None
-    path = Path(config.fuse.mountpoint) / device.name
+    path = Path(config.fuse.mountpoint) / served.name
     return FuseReport(path=str(path), engine=fuse.name, discards=fuse.discards)
 
 

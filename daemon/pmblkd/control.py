@@ -104,7 +104,7 @@ class ControlServer:
         except PmblkError as error:
             return _refusal(str(error), failed=isinstance(error, WorkFailed))
         except Exception:
-            # A defect of ours in a question must not take the devices away.
+            # A defect of ours in a question must not take the namespaces away.
             _log.exception("control request failed", command=command)
             return _refusal("the daemon failed; its log says how", failed=True)
 

@@ -1,14 +1,14 @@
 """The namespaces in service: opened, used, drained and closed. Every front end shares one registry.
 
-A `Device` is a namespace with the config that it is served by and the count of its users: NBD
+A `Served` is a namespace with the config that it is served by and the count of its users: NBD
 connections, open files, changes under way. Rules that live here:
 
-1. Who uses a device has entered it, and nobody enters one that drains.
-2. A device is closed when it has no users, or when the daemon ends: flushed, unmapped, unlocked.
-3. A number is given once: it names a device also when another one has taken its name.
-4. A name belongs to one device until that is closed.
+1. Who uses a namespace has entered it, and nobody enters one that drains.
+2. It is closed when it has no users, or when the daemon ends: flushed, unmapped, unlocked.
+3. A number is given once: it names a namespace also when another one has taken its name.
+4. A name belongs to one namespace until that is closed.
 
-Not here: when a device has to drain (`pmblkd.service`), and what its users see of that.
+Not here: when a namespace has to drain (`pmblkd.service`), and what its users see of that.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pmblkd.errors import did_you_mean
 _log = structlog.get_logger(__name__)
 
 
-class Device:
+class Served:
     """A namespace in service. `config` says how it is served now; live changes replace it."""
 
     def __init__(self, config: NamespaceConfig, namespace: Namespace, *, created: bool) -> None:
@@ -45,7 +45,7 @@ class Device:
         return self.namespace.name
 
     def enter(self) -> None:
-        """One more user, until `leave`. Raises PmblkError for a device that drains."""
+        """One more user, until `leave`. Raises PmblkError for one that drains."""
         if self.draining:
             raise PmblkError(
                 f"{self.name} is draining: it takes no new users",
@@ -89,7 +89,7 @@ class Device:
         self.namespace.media.close()
 
 
-def open_device(config: NamespaceConfig) -> Device:
+def open_served(config: NamespaceConfig) -> Served:
     """Create the file if it is missing, lock it, map it, describe it. May take seconds.
 
     Raises PmblkError, and then nothing is left behind. Touches no event loop: it may run in a
@@ -115,77 +115,77 @@ def open_device(config: NamespaceConfig) -> Device:
         representation = make(config.representation_kind, media, options)
         undo.pop_all()
     namespace = Namespace(config.name, media, representation, lba_bytes=config.lba_size)
-    return Device(config, namespace, created=created)
+    return Served(config, namespace, created=created)
 
 
 class Registry:
-    """Every device that is not closed yet, in the order of their numbers."""
+    """Every namespace that is not closed yet, in the order of their numbers."""
 
     def __init__(self) -> None:
-        self._devices: dict[int, Device] = {}
+        self._all: dict[int, Served] = {}
         self._numbers = itertools.count(1)
 
-    def __iter__(self) -> Iterator[Device]:
+    def __iter__(self) -> Iterator[Served]:
         """All of them, also those that drain; closing one meanwhile does no harm."""
-        return iter(list(self._devices.values()))
+        return iter(list(self._all.values()))
 
-    def live(self) -> Iterator[Device]:
+    def live(self) -> Iterator[Served]:
         """Those that take users."""
-        return (device for device in self if not device.draining)
+        return (served for served in self if not served.draining)
 
-    def add(self, device: Device) -> None:
+    def add(self, served: Served) -> None:
         """From now on it can be found; its name is free."""
-        assert all(device.name != other.name for other in self)
-        device.number = next(self._numbers)
-        self._devices[device.number] = device
-        media = device.namespace.media
+        assert all(served.name != other.name for other in self)
+        served.number = next(self._numbers)
+        self._all[served.number] = served
+        media = served.namespace.media
         _log.info(
             "namespace open",
-            name=device.name,
-            size=device.namespace.size,
+            name=served.name,
+            size=served.namespace.size,
             durability=media.durability.level,
             because=media.durability.reason,
         )
 
     # ---- finding
 
-    def numbered(self, number: int) -> Device | None:
+    def numbered(self, number: int) -> Served | None:
         """Also one that drains."""
-        return self._devices.get(number)
+        return self._all.get(number)
 
-    def named(self, name: str) -> Device:
+    def named(self, name: str) -> Served:
         """Also one that drains. Raises PmblkError with what was meant."""
-        for device in self:
-            if device.name == name:
-                return device
-        names = [device.name for device in self]
+        for served in self:
+            if served.name == name:
+                return served
+        names = [served.name for served in self]
         raise PmblkError(f"no namespace {name}", hint=did_you_mean(name, names))
 
-    # ---- the end of a device
+    # ---- the end of a namespace
 
-    async def close(self, device: Device) -> None:
+    async def close(self, served: Served) -> None:
         """Flush and close one that has no users any more. Raises OSError when it cannot flush;
         it is closed all the same.
         """
-        assert device.draining
-        assert not device.users
+        assert served.draining
+        assert not served.users
         try:
-            await device.flush()
+            await served.flush()
         finally:
-            self._close(device)
+            self._close(served)
 
     def close_all(self) -> None:
         """The daemon ends; what can be flushed has been."""
-        for device in self:
-            self._close(device)
+        for served in self:
+            self._close(served)
 
     def abandon(self) -> None:
         """The start failed: close everything, and take back the files that it made."""
-        for device in self:
-            self._close(device)
-            if device.created:
-                device.config.file.unlink()
+        for served in self:
+            self._close(served)
+            if served.created:
+                served.config.file.unlink()
 
-    def _close(self, device: Device) -> None:
-        device.close()
-        self._devices.pop(device.number, None)
+    def _close(self, served: Served) -> None:
+        served.close()
+        self._all.pop(served.number, None)

@@ -21,7 +21,7 @@ from pmblkd.config import Config, NamespaceConfig
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
-from pmblkd.registry import Device, Registry, open_device
+from pmblkd.registry import Registry, Served, open_served
 from pmblkd.reload import Plan, plan
 from pmblkd.reports import Refusal, ReloadReport, SwitchReport
 from pmblkd.spin import Spinner
@@ -60,10 +60,10 @@ class Reloader:
         Raises PmblkError, having changed nothing, for a file that cannot be served.
         """
         async with self._one_at_a_time:
-            leaving = [device.config for device in self._registry if device.draining]
+            leaving = [served.config for served in self._registry if served.draining]
             # In threads: a path may lie on a file system that asks this very event loop.
             new = await trio.to_thread.run_sync(config.load, self._file, self._overrides)
-            files = {device.name: device.config.file for device in self._registry}
+            files = {served.name: served.config.file for served in self._registry}
             listening = self._nbd.addresses if self._nbd is not None else []
             await trio.to_thread.run_sync(
                 lambda: preflight.check_new(self._file, new, served=files, listening=listening)
@@ -73,7 +73,7 @@ class Reloader:
 
     def _served(self) -> Config:
         """The config in force, with the namespaces as they are after whatever was switched."""
-        namespaces = [_as_served(device) for device in self._registry.live()]
+        namespaces = [_as_served(served) for served in self._registry.live()]
         return msgspec.structs.replace(self.config, namespace=namespaces)
 
     async def _carry_out(self, steps: Plan, new: Config, nursery: trio.Nursery) -> ReloadReport:
@@ -99,36 +99,36 @@ class Reloader:
         self, names: Sequence[str], nursery: trio.Nursery
     ) -> tuple[list[str], list[str]]:
         """The names of those that are gone, and of those that drain."""
-        devices = [self._registry.named(name) for name in names]
-        for device in devices:
-            device.draining = True
+        leaving = [self._registry.named(name) for name in names]
+        for served in leaving:
+            served.draining = True
             if self._fuse is not None:
-                self._fuse.forget_name(device.name)
-        draining = [device for device in devices if device.users]
-        for device in draining:
-            _log.info("namespace drains", name=device.name, users=device.users)
-            nursery.start_soon(self._close_unused, device)
-        gone = [device for device in devices if device not in draining]
-        for device in gone:
-            await self._close_unused(device)
-        return [device.name for device in gone], [device.name for device in draining]
+                self._fuse.forget_name(served.name)
+        draining = [served for served in leaving if served.users]
+        for served in draining:
+            _log.info("namespace drains", name=served.name, users=served.users)
+            nursery.start_soon(self._close_unused, served)
+        gone = [served for served in leaving if served not in draining]
+        for served in gone:
+            await self._close_unused(served)
+        return [served.name for served in gone], [served.name for served in draining]
 
-    async def _close_unused(self, device: Device) -> None:
-        await device.unused()
+    async def _close_unused(self, served: Served) -> None:
+        await served.unused()
         try:
             with trio.CancelScope(
                 shield=True, deadline=trio.current_time() + FLUSH_SECONDS
             ) as limit:
-                await self._registry.close(device)
+                await self._registry.close(served)
         except OSError as error:
             _log.error(
-                "namespace closed, not all of it durable", name=device.name, reason=error.strerror
+                "namespace closed, not all of it durable", name=served.name, reason=error.strerror
             )
             return
         if limit.cancelled_caught:
-            _log.error("namespace closed, not flushed in time", name=device.name)
+            _log.error("namespace closed, not flushed in time", name=served.name)
         else:
-            _log.info("namespace closed", name=device.name)
+            _log.info("namespace closed", name=served.name)
 
     # ---- settings
 
@@ -178,16 +178,16 @@ class Reloader:
     ) -> list[str]:
         grown = []
         for one in namespaces:
-            device = self._registry.named(one.name)
+            served = self._registry.named(one.name)
             size = one.size_bytes
             assert size is not None
             try:
-                await switching.resize(device.namespace, size)
+                await switching.resize(served.namespace, size)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}.size", reason=str(error)))
                 continue
             if self._fuse is not None:
-                self._fuse.forget_size(inode_of(device))
+                self._fuse.forget_size(inode_of(served))
             grown.append(one.name)
         return grown
 
@@ -213,21 +213,21 @@ class Reloader:
         added = []
         for one in namespaces:
             try:
-                device = await trio.to_thread.run_sync(open_device, one)
+                served = await trio.to_thread.run_sync(open_served, one)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}", reason=str(error)))
                 continue
-            self._registry.add(device)
+            self._registry.add(served)
             added.append(one.name)
         return added
 
 
-def _as_served(device: Device) -> NamespaceConfig:
-    """The device's config with what may have changed since, taken from the namespace itself."""
-    media = device.namespace.media
-    serving = answers.represented(device.namespace.representation)
+def _as_served(served: Served) -> NamespaceConfig:
+    """Its config with what may have changed since, taken from the namespace itself."""
+    media = served.namespace.media
+    serving = answers.represented(served.namespace.representation)
     return msgspec.structs.replace(
-        device.config,
+        served.config,
         size=media.file_bytes,
         reserve=bool(media.reserve_bytes),
         representation={"kind": serving.kind, **serving.options},

@@ -28,7 +28,7 @@ from pmblkd.fuse.files import Files
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
 from pmblkd.questions import Question
-from pmblkd.registry import Registry, open_device
+from pmblkd.registry import Registry, open_served
 from pmblkd.reloading import FLUSH_SECONDS, Reloader
 from pmblkd.reports import NamespaceReport, ReloadReport
 from pmblkd.spin import Spinner
@@ -64,7 +64,7 @@ class Service:
             preflight.check(self._file, self._config)
             with self._started() as control:
                 milliseconds = round((time.monotonic() - self._born) * 1000)
-                names = [device.name for device in self._registry]
+                names = [served.name for served in self._registry]
                 _log.info("ready", namespaces=names, start_ms=milliseconds)
                 systemd.notify("READY=1")
                 async with trio.open_nursery() as nursery:
@@ -95,7 +95,7 @@ class Service:
                 undo.callback(self._registry.close_all)
                 undo_on_failure.callback(self._registry.abandon)
                 for namespace in config.namespace:
-                    self._registry.add(open_device(namespace))
+                    self._registry.add(open_served(namespace))
                 if config.nbd is not None:
                     self._nbd = NbdServer(
                         self._registry,
@@ -202,9 +202,9 @@ class Service:
         """All of them, whatever happens to one, and also when everything is being cut off."""
         failures: list[str] = []
         with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH_SECONDS) as limit:
-            for device in self._registry:
+            for served in self._registry:
                 try:
-                    await device.flush()
+                    await served.flush()
                 except OSError as error:
                     failures.append(error.strerror or str(error))
         if limit.cancelled_caught:
@@ -225,7 +225,7 @@ class Service:
         except PmblkError as error:
             _log.error("the config was not reloaded", reason=str(error))
         except Exception:
-            # A defect of ours in a reload must not take the devices away.
+            # A defect of ours in a reload must not take the namespaces away.
             _log.exception("the config was not reloaded")
         finally:
             self._signalled_reloads -= 1
@@ -256,7 +256,7 @@ class Service:
 
     async def _list(self, _question: Question) -> list[NamespaceReport]:
         """Those that drain too."""
-        return [namespace_report(device, self.config, self._fuse) for device in self._registry]
+        return [namespace_report(served, self.config, self._fuse) for served in self._registry]
 
 
 def _log_report(report: ReloadReport) -> None:

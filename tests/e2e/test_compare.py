@@ -140,7 +140,7 @@ def test_descriptors_of_a_read_are_what_the_representation_promises(results: Res
 
 
 def test_the_large_devices_have_the_figures_of_the_question(results: Results) -> None:
-    facts = {(one.contender, one.file_bytes): one for one in results.devices}
+    facts = {(one.contender, one.file_bytes): one for one in results.large_files}
     struct_page = facts["struct-page", 8 * GIB]
     assert struct_page.metadata_bytes == 128 << 20
     assert facts["struct-page", 400 * GIB].metadata_bytes == 6.25 * GIB
@@ -161,7 +161,7 @@ def test_the_large_devices_have_the_figures_of_the_question(results: Results) ->
 
 
 def test_the_eager_table_is_resident_and_the_others_are_not(results: Results) -> None:
-    for one in results.devices:
+    for one in results.large_files:
         if one.file_bytes == 8 * GIB:
             eager = "eager" in one.contender
             assert (one.resident_bytes >= 128 << 20) == eager, one

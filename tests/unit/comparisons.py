@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from pmblkd.compare.contenders import Contender, contenders
-from pmblkd.compare.devices import DEVICES_BYTES, device_contenders
+from pmblkd.compare.large_files import FILES_BYTES, large_file_contenders
 from pmblkd.compare.matrix import BLOCKS_BYTES, ROWS, Row
-from pmblkd.compare.results import DeviceFacts, IoFacts, Results, Sample, Setup
+from pmblkd.compare.results import IoFacts, LargeFileFacts, Results, Sample, Setup
 
 SIZE = 1 << 30
 
@@ -66,7 +66,7 @@ def sample(row: Row, contender: Contender, number: int = 1, **changes: float) ->
     return Sample(row=row.name, contender=contender.name, round=number, **facts)  # type: ignore[arg-type]
 
 
-def device(contender: Contender, file_bytes: int, **changes: object) -> DeviceFacts:
+def large_file(contender: Contender, file_bytes: int, **changes: object) -> LargeFileFacts:
     """A page table of 1/64, on the device where the name says so; an extent needs none."""
     on_device = "device" in contender.name
     table = 16 if contender.kind == "extent" else file_bytes // 64
@@ -90,7 +90,7 @@ def device(contender: Contender, file_bytes: int, **changes: object) -> DeviceFa
         ],
         **changes,
     }
-    return DeviceFacts(
+    return LargeFileFacts(
         contender=contender.name,
         kind=contender.kind,
         file_bytes=file_bytes,
@@ -104,7 +104,7 @@ def results(
     variants: bool = True,
     only: Sequence[str] = (),
     samples: Sequence[Sample] | None = None,
-    devices: Sequence[DeviceFacts] | None = None,
+    large_files: Sequence[LargeFileFacts] | None = None,
     **setup_changes: object,
 ) -> Results:
     compared = contenders(SIZE, variants=variants, only=only)
@@ -116,14 +116,14 @@ def results(
         for number in range(facts.rounds)
     ]
     opened = [
-        device(one, size)
-        for size in DEVICES_BYTES
-        for one in device_contenders(only, variants=variants)
+        large_file(one, size)
+        for size in FILES_BYTES
+        for one in large_file_contenders(only, variants=variants)
     ]
     return Results(
         setup=facts,
         contenders=compared,
         rows=list(rows),
         samples=list(made if samples is None else samples),
-        devices=list(opened if devices is None else devices),
+        large_files=list(opened if large_files is None else large_files),
     )

@@ -15,7 +15,7 @@ from pmblk.media.durability import Durability
 from pmblk.nvme.command import DATASET_MANAGEMENT, READ, WRITE, Hole
 from pmblk.representations import make, needs_reserve, parse_options
 from pmblkd.config import NamespaceConfig
-from pmblkd.registry import Device, Registry
+from pmblkd.registry import Registry, Served
 
 MakeNamespace = Callable[..., Namespace]
 
@@ -113,11 +113,11 @@ def recorded(media: Media) -> RecordedDurability:
 
 
 def registered(*namespaces: Namespace) -> Registry:
-    """A registry with devices for them."""
+    """A registry with them in service."""
     registry = Registry()
     for namespace in namespaces:
         config = NamespaceConfig(name=namespace.name, path=str(namespace.media.path))
-        registry.add(Device(config, namespace, created=False))
+        registry.add(Served(config, namespace, created=False))
     return registry
 
 

@@ -18,7 +18,7 @@ from pmblkd.compare.contenders import ARENA_BYTES_MAX, arena_bytes, contenders, 
 from pmblkd.compare.limits import misses
 from pmblkd.compare.matrix import ROWS, rows
 from pmblkd.compare.spread import spread
-from tests.unit.comparisons import SIZE, device, sample
+from tests.unit.comparisons import SIZE, large_file, sample
 
 # ---- contenders
 
@@ -151,11 +151,11 @@ def test_limits_hold_for_the_large_device_and_the_kinds_without_a_table() -> Non
         contenders(SIZE, variants=False, only=[kind])[0] for kind in ("extent", "struct-page")
     )
     slow, large = {"open_seconds": 0.2}, {"resident_bytes": 60 << 20}
-    assert misses(device(extent, 400 << 30)) == []
-    assert misses(device(extent, 400 << 30, **slow)) == ["extent opened in 200 ms"]
-    assert misses(device(extent, 400 << 30, **large)) == ["extent took 60 MiB"]
-    assert misses(device(extent, 8 << 30, **slow)) == []
-    assert misses(device(struct_page, 400 << 30, **slow)) == []
+    assert misses(large_file(extent, 400 << 30)) == []
+    assert misses(large_file(extent, 400 << 30, **slow)) == ["extent opened in 200 ms"]
+    assert misses(large_file(extent, 400 << 30, **large)) == ["extent took 60 MiB"]
+    assert misses(large_file(extent, 8 << 30, **slow)) == []
+    assert misses(large_file(struct_page, 400 << 30, **slow)) == []
 
 
 # ---- drawing

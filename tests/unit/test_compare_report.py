@@ -17,7 +17,7 @@ from pmblkd.compare.results import Results, encode, load
 from pmblkd.compare.summary import glance, summary
 from pmblkd.compare.tables import contender_table, device_tables, tables
 from tests.harness.html_page import Page
-from tests.unit.comparisons import device, results, sample
+from tests.unit.comparisons import large_file, results, sample
 
 NUMBER = r"[\d,.e+-]+"
 
@@ -115,11 +115,11 @@ def test_the_share_of_a_page_table_is_one_in_64() -> None:
 
 def test_a_representation_that_was_not_to_be_had_is_named_with_the_reason() -> None:
     one = results().contenders[0]
-    known = device(one, 8 << 30)
+    known = large_file(one, 8 << 30)
     gone = msgspec.structs.replace(
         known, contender="struct-page init=eager", skipped="too little memory", ios=[]
     )
-    made = results(devices=[known, gone])
+    made = results(large_files=[known, gone])
     table = next(iter(device_tables(made)))
     assert "struct-page init=eager was left out: too little memory." in table.note
     assert {len(line) for line in table.groups[0][1]} == {len(table.header)}
@@ -160,7 +160,7 @@ def test_one_round_says_nothing_about_who_is_faster() -> None:
 def test_a_missed_limit_is_said() -> None:
     made = results()
     extent = next(one for one in made.contenders if one.name == "extent")
-    missed = results(devices=[device(extent, 400 << 30, open_seconds=0.5)])
+    missed = results(large_files=[large_file(extent, 400 << 30, open_seconds=0.5)])
     assert "Missed at 400 GiB" in said(missed)
     assert "extent opened in 500 ms" in said(missed)
     assert "Missed" not in said(made)
@@ -229,7 +229,7 @@ def test_words_from_outside_are_only_words(evil: str) -> None:
 @pytest.mark.parametrize("variants", [False, True])
 def test_a_report_of_a_part_is_a_report(paths: tuple[str, ...], variants: bool) -> None:
     rows = [row for row in ROWS if row.path in paths][:3]
-    made = results(rows=rows, variants=variants, devices=[], rounds=1)
+    made = results(rows=rows, variants=variants, large_files=[], rounds=1)
     Page(page.report(made))
     assert markdown.report(made).startswith("# ")
 

@@ -91,8 +91,8 @@ def test_users_are_counted_from_open_to_release(files: Files) -> None:
 
 async def test_a_file_that_drains_is_gone_but_for_those_who_have_it_open(files: Files) -> None:
     files.open(2, os.O_RDWR)
-    device = files._device(2)
-    device.draining = True
+    served = files._served(2)
+    served.draining = True
     assert [name for name, _ in files.entries()] == ["ro"]
     with refused(errno.ENOENT):
         files.lookup(ROOT_INODE, "ns")
@@ -101,7 +101,7 @@ async def test_a_file_that_drains_is_gone_but_for_those_who_have_it_open(files: 
     assert await files.write(2, 0, b"hello") == 5
     assert files.attributes(2).size == SIZE
     files.release(2)
-    assert device.users == 0
+    assert served.users == 0
 
 
 def test_no_file_is_emptied_at_its_opening(files: Files) -> None:

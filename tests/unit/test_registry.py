@@ -1,4 +1,4 @@
-"""A device's life: opened whole or not at all, entered, drained, closed and unlocked."""
+"""A namespace in service: opened whole or not at all, entered, drained, closed and unlocked."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pmblk import Command, PmblkError
 from pmblk.media import open_media
 from pmblk.nvme.command import WRITE
 from pmblkd.config import NamespaceConfig
-from pmblkd.registry import Device, Registry, open_device
+from pmblkd.registry import Registry, Served, open_served
 
 SIZE = 1 << 20
 KINDS = [
@@ -33,20 +33,22 @@ def config(directory: Path, name: str = "a", **changes: Any) -> NamespaceConfig:
     return NamespaceConfig(**{**fields, **changes})
 
 
-def opened(directory: Path, name: str = "a", **changes: Any) -> tuple[Registry, Device]:
+def opened(directory: Path, name: str = "a", **changes: Any) -> tuple[Registry, Served]:
     registry = Registry()
-    device = open_device(config(directory, name, **changes))
-    registry.add(device)
-    return registry, device
+    served = open_served(config(directory, name, **changes))
+    registry.add(served)
+    return registry, served
 
 
 # ---- opening
 
 
-def test_a_device_has_the_size_of_its_file_or_63_64_of_it_with_a_reserve(directory: Path) -> None:
-    registry, device = opened(directory)
+def test_a_namespace_has_the_size_of_its_file_or_63_64_of_it_with_a_reserve(
+    directory: Path,
+) -> None:
+    registry, served = opened(directory)
     _, reserved = opened(directory, "b", reserve=True)
-    assert device.namespace.size == SIZE
+    assert served.namespace.size == SIZE
     assert reserved.namespace.size == SIZE * 63 // 64
     registry.close_all()
 
@@ -55,9 +57,9 @@ def test_a_page_table_on_the_device_implies_the_reserve(directory: Path) -> None
     one = config(directory, representation={"kind": "struct-page", "memmap": "device"})
     assert one.with_reserve
     assert not one.reserve
-    device = open_device(one)
-    assert device.namespace.media.reserve_bytes == SIZE // 64
-    device.close()
+    served = open_served(one)
+    assert served.namespace.media.reserve_bytes == SIZE // 64
+    served.close()
 
 
 def test_what_cannot_be_opened_leaves_no_file(
@@ -68,7 +70,7 @@ def test_what_cannot_be_opened_leaves_no_file(
 
     monkeypatch.setattr("pmblkd.registry.make", refuse)
     with pytest.raises(PmblkError, match="no memory"):
-        open_device(config(directory))
+        open_served(config(directory))
     assert not list(directory.iterdir())
 
 
@@ -77,7 +79,7 @@ def test_a_start_that_fails_takes_back_the_files_that_it_made_and_no_others(
 ) -> None:
     (directory / "old.img").write_bytes(bytes(SIZE))
     registry, _ = opened(directory, "new")
-    registry.add(open_device(config(directory, "old")))
+    registry.add(open_served(config(directory, "old")))
     registry.abandon()
     assert [path.name for path in directory.iterdir()] == ["old.img"]
     assert not list(registry)
@@ -93,11 +95,11 @@ def test_a_name_that_is_not_there_is_guessed(directory: Path) -> None:
     registry.close_all()
 
 
-async def test_a_number_never_means_another_device(directory: Path) -> None:
+async def test_a_number_never_means_another_namespace(directory: Path) -> None:
     registry, first = opened(directory)
     first.draining = True
     await registry.close(first)
-    registry.add(open_device(config(directory)))
+    registry.add(open_served(config(directory)))
     assert registry.named("a").number != first.number
     assert registry.numbered(first.number) is None
     registry.close_all()
@@ -106,36 +108,36 @@ async def test_a_number_never_means_another_device(directory: Path) -> None:
 # ---- users
 
 
-def test_nobody_enters_a_device_that_drains(directory: Path) -> None:
-    registry, device = opened(directory)
-    with device.used():
-        device.draining = True
-        assert device.users == 1
-        with pytest.raises(PmblkError, match="a is draining"), device.used():
+def test_nobody_enters_a_namespace_that_drains(directory: Path) -> None:
+    registry, served = opened(directory)
+    with served.used():
+        served.draining = True
+        assert served.users == 1
+        with pytest.raises(PmblkError, match="a is draining"), served.used():
             pass
-    assert device.users == 0
+    assert served.users == 0
     assert list(registry.live()) == []
-    assert list(registry) == [device]
+    assert list(registry) == [served]
     registry.close_all()
 
 
 async def test_the_last_user_to_leave_ends_the_wait(directory: Path) -> None:
-    registry, device = opened(directory)
+    registry, served = opened(directory)
     done: list[str] = []
 
     async def wait() -> None:
-        await device.unused()
+        await served.unused()
         done.append("unused")
 
-    device.enter()
-    device.enter()
+    served.enter()
+    served.enter()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
-        device.leave()
+        served.leave()
         await trio.testing.wait_all_tasks_blocked()
         assert done == []
-        device.leave()
+        served.leave()
     assert done == ["unused"]
     registry.close_all()
 
@@ -147,24 +149,24 @@ async def test_the_last_user_to_leave_ends_the_wait(directory: Path) -> None:
 async def test_what_is_closed_is_flushed_unlocked_and_can_be_opened_again(
     directory: Path, representation: Any
 ) -> None:
-    registry, device = opened(directory, representation=representation)
+    registry, served = opened(directory, representation=representation)
     write = Command(WRITE, 0, 4096, 5, payload=b"hello")
-    assert not device.namespace.execute((write,))
-    device.namespace.release((write,))
-    device.draining = True
-    await registry.close(device)
-    media = open_media(device.config.file, with_reserve=device.config.with_reserve)
+    assert not served.namespace.execute((write,))
+    served.namespace.release((write,))
+    served.draining = True
+    await registry.close(served)
+    media = open_media(served.config.file, with_reserve=served.config.with_reserve)
     assert bytes(media.view[4096:4101]) == b"hello"
     media.close()
     assert list(registry) == []
 
 
 async def test_a_view_that_is_still_out_keeps_no_lock(directory: Path) -> None:
-    registry, device = opened(directory)
-    view = device.namespace.media.view[:4096]
-    device.draining = True
-    await registry.close(device)
-    open_media(device.config.file).close()
+    registry, served = opened(directory)
+    view = served.namespace.media.view[:4096]
+    served.draining = True
+    await registry.close(served)
+    open_media(served.config.file).close()
     assert len(view) == 4096
 
 
@@ -174,10 +176,10 @@ async def test_what_cannot_be_flushed_is_closed_all_the_same(
     async def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    registry, device = opened(directory)
-    monkeypatch.setattr(device.namespace, "flush", fail)
-    device.draining = True
+    registry, served = opened(directory)
+    monkeypatch.setattr(served.namespace, "flush", fail)
+    served.draining = True
     with pytest.raises(OSError, match="Input/output error"):
-        await registry.close(device)
-    assert device.closed
+        await registry.close(served)
+    assert served.closed
     assert list(registry) == []

@@ -185,11 +185,11 @@ class Series:
 
 
 def descriptor_lines(results: Results) -> str:
-    """Descriptor bytes of one read against its size, from the smallest of the devices."""
-    smallest = min((one.file_bytes for one in results.devices), default=0)
+    """Descriptor bytes of one read against its size, from the smallest of the files."""
+    smallest = min((one.file_bytes for one in results.large_files), default=0)
     series = [
         Series(one.contender, [one.io(block).descriptor_bytes for block in BLOCKS_BYTES])
-        for one in results.devices
+        for one in results.large_files
         if one.file_bytes == smallest and one.ios and "eager" not in one.contender
     ]
     return _lines(
@@ -215,9 +215,9 @@ def _distinct(series: Sequence[Series]) -> list[Series]:
 
 def metadata_lines(results: Results) -> str:
     """Metadata against the size of the device."""
-    sizes = sorted({one.file_bytes for one in results.devices})
+    sizes = sorted({one.file_bytes for one in results.large_files})
     by_name: dict[str, dict[int, int]] = {}
-    for one in results.devices:
+    for one in results.large_files:
         if not one.skipped and "eager" not in one.contender:
             by_name.setdefault(one.contender, {})[one.file_bytes] = one.metadata_bytes
     return _lines(

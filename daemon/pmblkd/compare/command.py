@@ -18,13 +18,13 @@ from pmblk import PmblkError
 from pmblk.media.syscalls import file_system
 from pmblk.units import format_size, parse_size
 from pmblkd import __version__
-from pmblkd.compare import devices, markdown, measure, page, stage
+from pmblkd.compare import large_files, markdown, measure, page, stage
 from pmblkd.compare.contenders import Contender, contenders
 from pmblkd.compare.interrupts import Interrupted, Interrupts
 from pmblkd.compare.machine import machine, program_version
 from pmblkd.compare.matrix import Row, rows
 from pmblkd.compare.progress import Progress, duration
-from pmblkd.compare.results import DeviceFacts, Results, Setup, encode
+from pmblkd.compare.results import LargeFileFacts, Results, Setup, encode
 from pmblkd.compare.summary import summary
 from pmblkd.config import Config, NamespaceConfig
 from pmblkd.errors import WorkFailed, did_you_mean
@@ -58,7 +58,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     busy_poll_us: int
     contenders: list[Contender]
     rows: list[Row]
-    device_contenders: list[Contender]
+    large_file_contenders: list[Contender]
     loop_refusal: str
     wishes: Wishes
 
@@ -74,9 +74,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def expected_seconds(self) -> float:
         a_run = self.wishes.seconds + measure.OVERHEAD_SECONDS
         return self.runs * a_run + sum(
-            devices.expected_seconds(one, size)
-            for size in devices.DEVICES_BYTES
-            for one in self.device_contenders
+            large_files.expected_seconds(one, size)
+            for size in large_files.FILES_BYTES
+            for one in self.large_file_contenders
         )
 
     @property
@@ -85,7 +85,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def openings(self) -> int:
-        return len(self.device_contenders) * len(devices.DEVICES_BYTES)
+        return len(self.large_file_contenders) * len(large_files.FILES_BYTES)
 
 
 def compare(config: Config, wishes: Wishes) -> int:
@@ -127,7 +127,9 @@ def _plan(config: Config, wishes: Wishes) -> Plan:
         busy_poll_us=config.daemon.busy_poll_us,
         contenders=contenders(file_bytes, variants=wishes.variants, only=wishes.only),
         rows=rows(wishes.rows, with_loop=not refusal),
-        device_contenders=devices.device_contenders(wishes.only, variants=wishes.variants),
+        large_file_contenders=large_files.large_file_contenders(
+            wishes.only, variants=wishes.variants
+        ),
         loop_refusal=refusal,
         wishes=wishes,
     )
@@ -233,7 +235,7 @@ def _measured(plan: Plan, interrupts: Interrupts) -> Results:
         plan = msgspec.structs.replace(plan, contenders=possible)
         setup = _setup(plan, served.namespace, scratch, left_out)
         with Progress(steps=plan.steps, expected_seconds=plan.expected_seconds) as progress:
-            found_devices = list(_devices(plan, scratch, progress, interrupts))
+            found_files = list(_large_files(plan, scratch, progress, interrupts))
             samples = list(
                 measure.samples(
                     served,
@@ -246,7 +248,7 @@ def _measured(plan: Plan, interrupts: Interrupts) -> Results:
                 )
             )
     return Results(
-        setup=setup, contenders=possible, rows=plan.rows, samples=samples, devices=found_devices
+        setup=setup, contenders=possible, rows=plan.rows, samples=samples, large_files=found_files
     )
 
 
@@ -260,16 +262,16 @@ def _announce(plan: Plan) -> None:
         print(f"without loads of a loop device: {plan.loop_refusal}", flush=True)
 
 
-def _devices(
+def _large_files(
     plan: Plan, scratch: Path, progress: Progress, interrupts: Interrupts
-) -> Iterator[DeviceFacts]:
-    for size in devices.DEVICES_BYTES:
-        for one in plan.device_contenders:
+) -> Iterator[LargeFileFacts]:
+    for size in large_files.FILES_BYTES:
+        for one in plan.large_file_contenders:
             what = f"{format_size(size)}: {one.name}"
-            expected = devices.expected_seconds(one, size)
+            expected = large_files.expected_seconds(one, size)
             with progress.step(what, expected_seconds=expected) as step:
                 interrupts.check()
-                facts = devices.facts(scratch, one, size, check=interrupts.check)
+                facts = large_files.facts(scratch, one, size, check=interrupts.check)
                 step.said = facts.skipped or f"{format_size(facts.metadata_bytes)} of metadata"
             yield facts
 

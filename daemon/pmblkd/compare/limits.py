@@ -4,7 +4,7 @@ Pure. A representation whose selling point is that it needs no table must not ta
 """
 
 from pmblkd.compare import figures
-from pmblkd.compare.results import DeviceFacts
+from pmblkd.compare.results import LargeFileFacts
 
 LIMITED_FILE_BYTES = 400 << 30
 LIMITED_KINDS = ("extent", "pfn", "transient-page")
@@ -12,13 +12,13 @@ OPEN_SECONDS_MAX = 0.1
 RESIDENT_BYTES_MAX = 50 << 20
 
 
-def has_limits(facts: DeviceFacts) -> bool:
+def has_limits(facts: LargeFileFacts) -> bool:
     """Whether the limits are for it, and it was measured."""
     of_kind = facts.kind in LIMITED_KINDS and facts.file_bytes == LIMITED_FILE_BYTES
     return of_kind and not facts.skipped
 
 
-def misses(facts: DeviceFacts) -> list[str]:
+def misses(facts: LargeFileFacts) -> list[str]:
     """What is over its limit, in words; nothing where there are no limits."""
     if not has_limits(facts):
         return []

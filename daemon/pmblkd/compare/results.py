@@ -92,7 +92,7 @@ class IoFacts(Table, frozen=True):
     sgl_descriptors: int
 
 
-class DeviceFacts(Table, frozen=True):
+class LargeFileFacts(Table, frozen=True):
     """A representation on a sparse file of `file_bytes`, opened in a fresh process.
 
     `skipped` says why there are no figures. `reserve_bytes` are what the file keeps for a page
@@ -130,7 +130,7 @@ class Results(Table, frozen=True):
     contenders: list[Contender]
     rows: list[Row]
     samples: list[Sample]
-    devices: list[DeviceFacts]
+    large_files: list[LargeFileFacts] = msgspec.field(name="devices")  # what a reader calls them
     version: int = VERSION
 
     def of(self, row: Row, contender: Contender) -> list[Sample]:

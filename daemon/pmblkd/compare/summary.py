@@ -14,7 +14,7 @@ from pmblkd.compare.contenders import Contender
 from pmblkd.compare.figures import Figure
 from pmblkd.compare.limits import LIMITED_FILE_BYTES, has_limits, misses
 from pmblkd.compare.matrix import PATH_TITLES, Row
-from pmblkd.compare.results import DeviceFacts, Results, Sample
+from pmblkd.compare.results import LargeFileFacts, Results, Sample
 from pmblkd.compare.spread import spread
 from pmblkd.compare.tables import NONE, Table
 
@@ -40,7 +40,7 @@ def summary(results: Results) -> list[str]:
 
 def glance(results: Results) -> Table:
     """A line for each contender; the columns are what was measured of these."""
-    columns = [*_device_columns(results), *_load_columns(results)]
+    columns = [*_large_file_columns(results), *_load_columns(results)]
     return Table(
         title="At a glance",
         header=["representation", *(heading for heading, _ in columns)],
@@ -54,10 +54,10 @@ def glance(results: Results) -> Table:
 Column = tuple[str, Callable[[Contender], str]]
 
 
-def _device_columns(results: Results) -> Iterator[Column]:
+def _large_file_columns(results: Results) -> Iterator[Column]:
     facts = {one.contender: one for one in _largest_limited(results)}
 
-    def of(text: Callable[[DeviceFacts], str]) -> Callable[[Contender], str]:
+    def of(text: Callable[[LargeFileFacts], str]) -> Callable[[Contender], str]:
         return lambda one: text(facts[one.name]) if one.name in facts else NONE
 
     if facts:
@@ -132,9 +132,9 @@ def _copied(results: Results, contender: Contender, way: str) -> float | None:
     return median(values) if values else None
 
 
-def _largest_limited(results: Results) -> list[DeviceFacts]:
+def _largest_limited(results: Results) -> list[LargeFileFacts]:
     """What is known of the 400 GiB device, or of the largest there is."""
-    known = [one for one in results.devices if not one.skipped]
+    known = [one for one in results.large_files if not one.skipped]
     size = max((one.file_bytes for one in known), default=0)
     if any(one.file_bytes == LIMITED_FILE_BYTES for one in known):
         size = LIMITED_FILE_BYTES
@@ -254,7 +254,7 @@ def _pauses(results: Results) -> Iterator[str]:
 
 
 def _limits(results: Results) -> Iterator[str]:
-    limited = [one for one in results.devices if has_limits(one)]
+    limited = [one for one in results.large_files if has_limits(one)]
     missed = [said for facts in limited for said in misses(facts)]
     size = format_size(LIMITED_FILE_BYTES)
     if missed:

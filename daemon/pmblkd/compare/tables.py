@@ -12,7 +12,7 @@ from pmblkd.compare.contenders import Contender
 from pmblkd.compare.figures import Figure
 from pmblkd.compare.limits import has_limits, misses
 from pmblkd.compare.matrix import BLOCKS_BYTES, PATH_TITLES, Row, block_text
-from pmblkd.compare.results import DeviceFacts, Results, Sample
+from pmblkd.compare.results import LargeFileFacts, Results, Sample
 from pmblkd.compare.spread import spread
 
 NONE = "-"
@@ -162,13 +162,15 @@ def _options(contender: Contender) -> str:
 
 
 def device_tables(results: Results) -> Iterator[Table]:
-    sizes = list(dict.fromkeys(facts.file_bytes for facts in results.devices))
+    sizes = list(dict.fromkeys(facts.file_bytes for facts in results.large_files))
     for size in sizes:
-        yield _device_table(size, [one for one in results.devices if one.file_bytes == size])
+        yield _large_file_table(
+            size, [one for one in results.large_files if one.file_bytes == size]
+        )
     yield descriptor_table(results)
 
 
-def _device_table(size: int, devices: Sequence[DeviceFacts]) -> Table:
+def _large_file_table(size: int, files: Sequence[LargeFileFacts]) -> Table:
     return Table(
         title=f"A device of {format_size(size)}",
         header=[
@@ -176,12 +178,12 @@ def _device_table(size: int, devices: Sequence[DeviceFacts]) -> Table:
             *("metadata", "share of the device", "lies in", "init", "open, all of it"),
             *("process grew by", "peak pool, 32 x 1 MiB"),
         ],
-        groups=[("", [_device_line(one) for one in devices])],
-        note=_device_note(devices),
+        groups=[("", [_large_file_line(one) for one in files])],
+        note=_large_file_note(files),
     )
 
 
-def _device_line(facts: DeviceFacts) -> list[str]:
+def _large_file_line(facts: LargeFileFacts) -> list[str]:
     if facts.skipped:
         return [facts.contender, *[NONE] * 7]
     flag = " (missed)" if misses(facts) else ""
@@ -206,23 +208,23 @@ def share_text(share: float) -> str:
     return f"{figures.digits(share * 100)} %" if share > 1e-5 else "under 0.001 %"
 
 
-def _device_note(devices: Sequence[DeviceFacts]) -> str:
+def _large_file_note(files: Sequence[LargeFileFacts]) -> str:
     """How it was measured; the limits, where they apply, and how they were met; who is missing."""
     notes = ["A sparse file; each line is a process of its own."]
-    if any(has_limits(one) for one in devices):
-        missed = [words for facts in devices for words in misses(facts)]
+    if any(has_limits(one) for one in files):
+        missed = [words for facts in files for words in misses(facts)]
         notes += [
             "extent, pfn and transient-page are to open within 100 ms and 50 MiB.",
             f"Missed: {'; '.join(missed)}." if missed else "They do.",
         ]
-    notes += [f"{one.contender} was left out: {one.skipped}." for one in devices if one.skipped]
+    notes += [f"{one.contender} was left out: {one.skipped}." for one in files if one.skipped]
     return " ".join(notes)
 
 
 def descriptor_table(results: Results) -> Table:
-    """What one I/O takes, from the smallest of the devices."""
-    smallest = min((facts.file_bytes for facts in results.devices), default=0)
-    devices = [one for one in results.devices if one.file_bytes == smallest and one.ios]
+    """What one I/O takes, from the smallest of the files."""
+    smallest = min((facts.file_bytes for facts in results.large_files), default=0)
+    files = [one for one in results.large_files if one.file_bytes == smallest and one.ios]
     blocks = [block_text(block) for block in BLOCKS_BYTES]
     return Table(
         title="Descriptors of one read",
@@ -232,12 +234,12 @@ def descriptor_table(results: Results) -> Table:
             *(f"descriptor bytes, {block}" for block in blocks),
             *("PRP entries, 1M", "SGL descriptors, 1M"),
         ],
-        groups=[("", [_descriptor_line(one) for one in devices])],
+        groups=[("", [_descriptor_line(one) for one in files])],
         note="Of memory that is there, at the start of the device.",
     )
 
 
-def _descriptor_line(facts: DeviceFacts) -> list[str]:
+def _descriptor_line(facts: LargeFileFacts) -> list[str]:
     ios = [facts.io(block) for block in BLOCKS_BYTES]
     return [
         facts.contender,

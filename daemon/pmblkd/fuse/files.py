@@ -1,10 +1,10 @@
 """What file operations mean: a directory with a file a namespace. Knows no FUSE library.
 
-Inode 1 is the directory; a namespace's file has the number of its device and one more, so no inode
-ever means another file. A file's size is its namespace's and cannot be changed by its users, a
-write past the end finds no space, fsync is a flush, and the tree cannot be changed. A device that
-drains has left the directory; its open files go on. Whatever is refused is an OSError with the
-errno that the kernel is to see.
+Inode 1 is the directory; a namespace's file has its number in the registry and one more, so no
+inode ever means another file. A file's size is its namespace's and cannot be changed by its users,
+a write past the end finds no space, fsync is a flush, and the tree cannot be changed. A namespace
+that drains has left the directory; its open files go on. Whatever is refused is an OSError with
+the errno that the kernel is to see.
 
 `read`, `write` and `sync` go through `Namespace.execute`, so bounds, read-only rules and
 statuses are those of every other front end.
@@ -21,7 +21,7 @@ import msgspec
 from pmblk import Command, Namespace
 from pmblk.media import ZEROES
 from pmblk.nvme.command import FLUSH, READ, WRITE, Hole
-from pmblkd.registry import Device, Registry
+from pmblkd.registry import Registry, Served
 from pmblkd.statuses import errno_of
 
 ROOT_INODE = 1
@@ -52,9 +52,9 @@ class Files:
 
     def lookup(self, parent: int, name: str) -> Attributes:
         if parent == ROOT_INODE:
-            for device in self._registry.live():
-                if device.name == name:
-                    return self.attributes(inode_of(device))
+            for served in self._registry.live():
+                if served.name == name:
+                    return self.attributes(inode_of(served))
         raise refuse(errno.ENOENT)
 
     def attributes(self, inode: int) -> Attributes:
@@ -68,8 +68,8 @@ class Files:
 
     def entries(self) -> Iterator[tuple[str, int]]:
         """The directory's names with their inodes, in inode order."""
-        for device in self._registry.live():
-            yield device.name, inode_of(device)
+        for served in self._registry.live():
+            yield served.name, inode_of(served)
 
     def resize(self, inode: int, size: int) -> None:
         """truncate(2): only to the size that the file has (fio asks for that)."""
@@ -78,24 +78,24 @@ class Files:
 
     def open(self, inode: int, flags: int) -> None:
         """Emptying a file at its opening would be a truncation, and is refused like one."""
-        device = self._device(inode)
-        if device.draining:
+        served = self._served(inode)
+        if served.draining:
             raise refuse(errno.ENOENT)
-        if device.namespace.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+        if served.namespace.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise refuse(errno.EROFS)
         if flags & os.O_TRUNC:
             raise refuse(errno.EPERM)
-        device.enter()
+        served.enter()
         self.users += 1
 
     def release(self, inode: int) -> None:
         """The last close(2) of an open."""
-        self._device(inode).leave()
+        self._served(inode).leave()
         self.users -= 1
 
     def total_bytes(self) -> tuple[int, int]:
         """Size and allocated bytes of all namespaces together, for statfs(2)."""
-        namespaces = [device.namespace for device in self._registry.live()]
+        namespaces = [served.namespace for served in self._registry.live()]
         allocated = sum(namespace.media.allocated_bytes() for namespace in namespaces)
         return sum(namespace.size for namespace in namespaces), allocated
 
@@ -146,17 +146,17 @@ class Files:
             raise refuse(errno_of(command.status, command.opcode))
 
     def _namespace(self, inode: int) -> Namespace:
-        return self._device(inode).namespace
+        return self._served(inode).namespace
 
-    def _device(self, inode: int) -> Device:
-        device = self._registry.numbered(inode - ROOT_INODE)
-        if device is None:
+    def _served(self, inode: int) -> Served:
+        served = self._registry.numbered(inode - ROOT_INODE)
+        if served is None:
             raise refuse(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
-        return device
+        return served
 
 
-def inode_of(device: Device) -> int:
-    return device.number + ROOT_INODE
+def inode_of(served: Served) -> int:
+    return served.number + ROOT_INODE
 
 
 def _zeroes(length: int) -> "memoryview | bytes":

@@ -34,7 +34,7 @@ class _Listener:
 
 
 class NbdServer:
-    """Serves the live devices of `registry` by name; the empty name is `default`.
+    """Serves the live namespaces of `registry` by name; the empty name is `default`.
 
     `default` and `max_connections` may change at any time. `bind` first (it raises PmblkError and
     leaves nothing behind), then `run` in a nursery, `stop` to let the connections finish what has
@@ -58,10 +58,6 @@ class NbdServer:
         self._connections: set[Connection] = set()
         self._accepting: trio.Nursery | None = None
         self._serving: trio.Nursery | None = None
-
-    @property
-    def connections(self) -> int:
-        return len(self._connections)
 
     @property
     def addresses(self) -> list[Address]:
@@ -151,7 +147,7 @@ class NbdServer:
             handshake = Handshake(Exports(self._registry), default=self.default)
             await connection.run(handshake, self._use)
         except Exception:
-            # A defect of ours that one client ran into must not take the others' devices away.
+            # A defect of ours that one client ran into must not take the others' away.
             _log.exception("connection failed")
         finally:
             self._connections.discard(connection)
@@ -161,19 +157,19 @@ class NbdServer:
 
 
 class Exports(Mapping[str, Export]):
-    """The live devices of a registry as exports, each as it is when it is asked for."""
+    """The live namespaces of a registry as exports, each as it is when it is asked for."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
     def __getitem__(self, name: str) -> Export:
-        for device in self._registry.live():
-            if device.name == name:
-                return _export(device.namespace)
+        for served in self._registry.live():
+            if served.name == name:
+                return _export(served.namespace)
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (device.name for device in self._registry.live())
+        return (served.name for served in self._registry.live())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

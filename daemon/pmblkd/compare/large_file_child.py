@@ -1,6 +1,6 @@
 """One representation on one sparse file, in a process that has done nothing else.
 
-    python -m pmblkd.compare.device_child '{"file": ..., "kind": ..., "options": {...}, ...}'
+    python -m pmblkd.compare.large_file_child '{"file": ..., "kind": ..., "options": {...}, ...}'
 
 Writes the facts as JSON. A process of its own for each, because resident memory does not shrink
 back, and because the first to import numpy would pay for all.
@@ -22,7 +22,7 @@ from pmblk.representations import Lease, Representation, make, needs_reserve, pa
 from pmblk.representations.page_table import STRUCT_BYTES
 from pmblk.units import format_size
 from pmblkd.compare.matrix import BLOCKS_BYTES
-from pmblkd.compare.results import DeviceFacts, IoFacts
+from pmblkd.compare.results import IoFacts, LargeFileFacts
 
 HELD_IOS, HELD_BYTES = 32, 1 << 20
 MEMORY_SHARE = 2  # an eager table may take half of what is free
@@ -37,11 +37,11 @@ class Order(msgspec.Struct):
     options: dict[str, Any]
 
 
-def facts(order: Order) -> DeviceFacts:
+def facts(order: Order) -> LargeFileFacts:
     """What there is to know; where the representation is not to be had, why."""
     file = Path(order.file)
     options = parse_options(order.kind, order.options)
-    known = DeviceFacts(contender=order.name, kind=order.kind, file_bytes=file.stat().st_size)
+    known = LargeFileFacts(contender=order.name, kind=order.kind, file_bytes=file.stat().st_size)
     if reason := _too_large(known.file_bytes, options):
         return msgspec.structs.replace(known, skipped=reason)
     resident = _resident_bytes()
@@ -65,7 +65,7 @@ def facts(order: Order) -> DeviceFacts:
         open_seconds=made - begun,
         init_seconds=made - opened,
         resident_bytes=max(0, resident),
-        ios=_ios(Namespace("device", media, representation, lba_bytes=PAGE_BYTES)),
+        ios=_ios(Namespace("large", media, representation, lba_bytes=PAGE_BYTES)),
         peak_pool_bytes=_peak_pool_bytes(representation),
     )
 

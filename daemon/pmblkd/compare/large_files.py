@@ -19,11 +19,11 @@ from pmblk.representations.page_table import STRUCT_BYTES
 from pmblk.units import format_size
 from pmblkd.compare.children import output_of
 from pmblkd.compare.contenders import VARIANTS, Contender, contender
-from pmblkd.compare.device_child import MEMORY_SHARE, Order
-from pmblkd.compare.results import DeviceFacts
+from pmblkd.compare.large_file_child import MEMORY_SHARE, Order
+from pmblkd.compare.results import LargeFileFacts
 from pmblkd.errors import WorkFailed
 
-DEVICES_BYTES = (8 << 30, 400 << 30, 6 << 40)  # a notebook's, the one of the question, a server's
+FILES_BYTES = (8 << 30, 400 << 30, 6 << 40)  # a notebook's, the one of the question, a server's
 EAGER_SECONDS = 120  # an eager table of gigabytes takes its time
 EXPECTED_SECONDS = 0.6
 EAGER_BYTES_PER_SECOND = 1 << 30  # about what a fresh page costs: a fault and 4 KiB of zeroes
@@ -31,7 +31,7 @@ EAGER_BYTES_PER_SECOND = 1 << 30  # about what a fresh page costs: a fault and 4
 _TABLE_VARIANTS = ({"memmap": "device"}, {"compound": "2MiB"}, {"init": "eager"})
 
 
-def device_contenders(only: Sequence[str], *, variants: bool) -> list[Contender]:
+def large_file_contenders(only: Sequence[str], *, variants: bool) -> list[Contender]:
     """Every kind with its default options, and the variants of a page table; with `variants` all.
 
     Page-cache has its default arena, whatever the loads of the comparison are.
@@ -58,17 +58,19 @@ def expected_seconds(one: Contender, file_bytes: int) -> float:
 
 def facts(
     directory: Path, one: Contender, file_bytes: int, *, check: Callable[[], None]
-) -> DeviceFacts:
+) -> LargeFileFacts:
     """Of a new sparse file in the directory, which is gone again afterwards.
 
     Raises WorkFailed, and what `check` raises.
     """
-    file = directory / "device"
+    file = directory / "large"
     try:
         create(file, file_bytes)
     except PmblkError as error:
         reason = f"no file of {format_size(file_bytes)}: {error.message}"
-        return DeviceFacts(contender=one.name, kind=one.kind, file_bytes=file_bytes, skipped=reason)
+        return LargeFileFacts(
+            contender=one.name, kind=one.kind, file_bytes=file_bytes, skipped=reason
+        )
     try:
         order = Order(file=str(file), name=one.name, kind=one.kind, options=one.options)
         return _ask_child(order, check)
@@ -76,10 +78,10 @@ def facts(
         file.unlink()
 
 
-def _ask_child(order: Order, check: Callable[[], None]) -> DeviceFacts:
+def _ask_child(order: Order, check: Callable[[], None]) -> LargeFileFacts:
     words = msgspec.json.encode(order).decode()
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.device_child", words],
+        [sys.executable, "-m", f"{__package__}.large_file_child", words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,4 +93,4 @@ def _ask_child(order: Order, check: Callable[[], None]) -> DeviceFacts:
         raise WorkFailed(f"{order.name} was not open after {EAGER_SECONDS} s") from None
     if process.returncode != 0:
         raise WorkFailed(f"{order.name} failed on {order.file}: {said.decode(errors='replace')}")
-    return msgspec.json.decode(said, type=DeviceFacts)
+    return msgspec.json.decode(said, type=LargeFileFacts)
