@@ -19,8 +19,8 @@ import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import loop, mounts, preflight, systemd
-from pmblkd.answers import Answers, namespace_report
+from pmblkd import loop, mounts, preflight, report_of, systemd
+from pmblkd.answers import Answers
 from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
@@ -29,7 +29,7 @@ from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
 from pmblkd.questions import Question
 from pmblkd.registry import Registry, open_served
-from pmblkd.reloading import FLUSH_SECONDS, Reloader
+from pmblkd.reloader import FLUSH_SECONDS, Reloader
 from pmblkd.reports import NamespaceReport, ReloadReport
 from pmblkd.spin import Spinner
 
@@ -256,7 +256,7 @@ class Service:
 
     async def _list(self, _question: Question) -> list[NamespaceReport]:
         """Those that drain too."""
-        return [namespace_report(served, self.config, self._fuse) for served in self._registry]
+        return [report_of.namespace(served, self.config, self._fuse) for served in self._registry]
 
 
 def _log_report(report: ReloadReport) -> None:

@@ -5,7 +5,7 @@ import msgspec
 from pmblk.counters import Counters
 from pmblk.description import describe as engine
 from pmblk.representations import RepresentationCounters
-from pmblkd import answers, views
+from pmblkd import report_of, views
 from pmblkd.reports import (
     FuseReport,
     Refusal,
@@ -78,7 +78,7 @@ def describe(namespace: MakeNamespace, offset: int, length: int, **options: int)
 
     one = namespace(options=options)
     one.media.reserve(0, 64 << 10)
-    view = views.description(answers.described(one, engine(one, offset, length)))
+    view = views.description(report_of.description(one, engine(one, offset, length)))
     assert_fits(view)
     return view
 

@@ -4,6 +4,8 @@ The turn is rotated from round to round, so that whatever else the machine does 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import msgspec
 
@@ -145,13 +147,7 @@ def _assembled(
         row=row.name,
         contender=contender.name,
         round=number,
-        ios=side.ios,
-        seconds=side.seconds,
-        bytes_per_second=side.bytes_per_second,
-        latency_us_mean=side.latency_us_mean,
-        latency_us_p50=side.latency_us_p50,
-        latency_us_p99=side.latency_us_p99,
-        latency_us_p999=side.latency_us_p999,
+        **_same(side),
         server_seconds=spent.server,
         client_seconds=spent.client,
         others_share=spent.others_share,
@@ -171,6 +167,11 @@ def _assembled(
         build_seconds=switched.build_seconds,
         pause_seconds=switched.pause_seconds,
     )
+
+
+def _same(side: fio.Side) -> dict[str, Any]:
+    """All that fio tells but the rate, which follows from it."""
+    return {name: value for name, value in asdict(side).items() if name != "iops"}
 
 
 def _difference(before: object, after: object) -> dict[str, int]:

@@ -16,13 +16,13 @@ import structlog
 import trio
 
 from pmblk import PmblkError, switching
-from pmblkd import answers, config, log, preflight
+from pmblkd import config, log, preflight, report_of
 from pmblkd.config import Config, NamespaceConfig
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
 from pmblkd.registry import Registry, Served, open_served
-from pmblkd.reload import Plan, plan
+from pmblkd.reload_plan import Plan, plan
 from pmblkd.reports import Refusal, ReloadReport, SwitchReport
 from pmblkd.spin import Spinner
 
@@ -198,13 +198,14 @@ class Reloader:
         for one in namespaces:
             namespace = self._registry.named(one.name).namespace
             options = config.representation_options(one)
+            before = report_of.representation(namespace.representation)
             try:
-                report = await answers.switch(namespace, one.representation_kind, options)
+                done = await switching.switch(namespace, one.representation_kind, options)
             except PmblkError as error:
                 key = f"namespace.{one.name}.representation"
                 refused.append(Refusal(key=key, reason=str(error)))
                 continue
-            switched.append(report)
+            switched.append(report_of.switch(namespace, before, done))
         return switched
 
     async def _add(
@@ -225,7 +226,7 @@ class Reloader:
 def _as_served(served: Served) -> NamespaceConfig:
     """Its config with what may have changed since, taken from the namespace itself."""
     media = served.namespace.media
-    serving = answers.represented(served.namespace.representation)
+    serving = report_of.representation(served.namespace.representation)
     return msgspec.structs.replace(
         served.config,
         size=media.file_bytes,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmblkd.config import Config, DaemonConfig, FuseConfig, NamespaceConfig, NbdConfig
-from pmblkd.reload import Plan, plan
+from pmblkd.reload_plan import Plan, plan
 
 UNIT = 64 * 4096
 
