@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from pmblk import Command, Namespace
 from pmblk.nvme.command import READ, WRITE
-from pmblkd import cli, service
+from pmblkd import cli, registry
 
 
 class BareNamespace(Namespace):
@@ -39,7 +39,8 @@ class BareNamespace(Namespace):
 
 
 def main() -> None:
-    service.Namespace = BareNamespace  # type: ignore[attr-defined]
+    assert registry.Namespace is Namespace, "the one that is served"  # type: ignore[attr-defined]
+    registry.Namespace = BareNamespace  # type: ignore[attr-defined]
     sys.argv[1:1] = ["serve"]
     cli.main()
 
