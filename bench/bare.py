@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from pmblk import Command, Namespace
 from pmblk.nvme.command import READ, WRITE
-from pmblkd import cli, service
+from pmblkd import cli, registry
 
 
 class BareNamespace(Namespace):
@@ -25,9 +25,10 @@ class BareNamespace(Namespace):
                 if command.opcode == READ:
                     command.segments = [view[offset : offset + length]]
                     continue
-                if command.opcode == WRITE and not command.flags and not command.received:
-                    assert command.payload is not None
-                    view[offset : offset + length] = command.payload
+                if command.opcode == WRITE and not command.flags:
+                    if command.received < length:
+                        assert command.payload is not None
+                        view[offset + command.received : offset + length] = command.payload
                     continue
             others.append(command)
         return super().execute(others) if others else ()
@@ -37,9 +38,19 @@ class BareNamespace(Namespace):
         if self.representation.leases:
             super().release(commands)
 
+    def window(self, command: Command) -> memoryview | None:
+        offset, length = command.offset, command.length
+        if length > self.size - offset or not self.media.allocation.covers(offset, length):
+            return super().window(command)
+        return self.media.view[offset + command.received : offset + length]
+
+    def received(self, command: Command, length: int) -> None:
+        command.received += length
+
 
 def main() -> None:
-    service.Namespace = BareNamespace  # type: ignore[attr-defined]
+    assert registry.Namespace is Namespace, "the one that is served"  # type: ignore[attr-defined]
+    registry.Namespace = BareNamespace  # type: ignore[attr-defined]
     sys.argv[1:1] = ["serve"]
     cli.main()
 

@@ -44,7 +44,7 @@ def describe(namespace: Namespace, offset: int, length: int) -> Description:
     """
     namespace.check_accessible(offset, length)
     representation = namespace.representation
-    before = representation.counters()
+    count, size = representation.built()
     leases: list[Lease] = []
     try:
         extents = list(merge_extents(namespace.media.allocation.extents(offset, length)))
@@ -54,15 +54,15 @@ def describe(namespace: Namespace, offset: int, length: int) -> Description:
         runs = [_run(view) for lease in leases for view in lease.views]
     finally:
         representation.release(leases)
-    after = representation.counters()
+    count_after, size_after = representation.built()
     prps, refusal = _prps(runs)
     merged = merge(runs)
     return Description(
         offset=offset,
         length=length,
         hole_bytes=sum(extent.length for extent in extents if extent.hole),
-        descriptors=after.descriptors_built - before.descriptors_built,
-        descriptor_bytes=after.descriptor_bytes - before.descriptor_bytes,
+        descriptors=count_after - count,
+        descriptor_bytes=size_after - size,
         runs=runs,
         prps=prps,
         prp_refusal=refusal,
@@ -75,7 +75,7 @@ def _held(representation: Representation, offset: int, length: int) -> Lease:
     try:
         lease = representation.hold(offset, length)
     except OSError as error:
-        raise PmblkError(str(error.strerror)) from error
+        raise PmblkError(str(error.strerror), hint="write, zero or discard its pages") from error
     if lease is None:
         raise PmblkError(
             f"{representation.kind} cannot hold {length} bytes now",

@@ -1,4 +1,8 @@
-"""Ranges that a worker thread is changing: commands that overlap one wait until it is lifted."""
+"""Ranges that are closed to new commands: those that overlap one wait until it is lifted.
+
+A long discard or zeroing closes its own, a discard of held memory the unit of lifetime, a change of
+the representation or of the size everything.
+"""
 
 import contextlib
 from collections.abc import Iterator

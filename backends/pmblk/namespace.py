@@ -22,7 +22,6 @@ Between two awaits everything here is atomic, since all of it runs on one event 
 
 import contextlib
 import errno
-import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import trio
@@ -32,24 +31,17 @@ from pmblk.errors import PmblkError
 from pmblk.media import Media
 from pmblk.media.allocation import HOLE
 from pmblk.nvme.command import (
-    DATASET_MANAGEMENT,
     FLUSH,
-    FUA,
     READ,
     WRITE,
-    WRITE_ZEROES,
     Command,
-    Hole,
 )
 from pmblk.nvme.data_pointer import prp_list_pages
-from pmblk.pages import PAGE_BYTES, PAGE_SHIFT, span
-from pmblk.ranges import slices
+from pmblk.pages import PAGE_SHIFT, span
 from pmblk.representations.base import Lease, Representation
-from pmblk.zeroing import INLINE_BYTES, clear_in_slices
+from pmblk.waiting import Completer
 
 QUIESCE_SECONDS = 3  # less than the patience with a slow reader: a switch alone cuts nobody off
-
-PIECE_COST_BYTES = 64 << 10  # what writing back a piece costs beside its bytes, in bytes
 
 _NONE: tuple[Command, ...] = ()
 _EVERYTHING = 1 << 63  # a range longer than any namespace will be
@@ -68,15 +60,23 @@ class Namespace:
         self.size = media.size
         self.read_only = media.read_only
         self.changing = trio.Lock()  # for whoever exchanges the representation or the size
-        self.starved = 0  # waits for a lease to be released
-        self.starved_since = 0.0  # trio's clock, when the first of them began to
         self._dispatcher = Dispatcher(media, representation)
+        self._completer = Completer(self._dispatcher)
         self.counters = self._dispatcher.counters
-        self._released = trio.Event()
 
     @property
     def representation(self) -> Representation:
         return self._dispatcher.representation
+
+    @property
+    def starved(self) -> int:
+        """How many commands, or changes, wait for a lease to be released."""
+        return self._completer.starved
+
+    @property
+    def starved_since(self) -> float:
+        """Trio's clock when the first of them began to wait."""
+        return self._completer.starved_since
 
     def install(self, representation: Representation) -> None:
         """Another representation, or another one of media that were resized; only `quiesced`."""
@@ -167,9 +167,7 @@ class Namespace:
                 leases += command.leases
                 command.leases = ()
         self.representation.release(leases)
-        if self.starved:
-            self._released.set()
-            self._released = trio.Event()
+        self._completer.released()
 
     def window(self, command: Command) -> memoryview | None:
         """Memory for a write's payload beyond its `received` bytes, to receive into without a copy.
@@ -209,7 +207,7 @@ class Namespace:
                 f"{self.name} is changing the {length} bytes at {offset}", hint="try again"
             )
 
-    # ---- the commands that wait
+    # ---- the commands that wait, and changes of the namespace itself
 
     async def complete(self, commands: Sequence[Command]) -> Sequence[Command]:
         """Finish one or more of what `execute` returned, in order; return those that still wait.
@@ -217,162 +215,7 @@ class Namespace:
         The finished ones have their status. Send them, `release` them, and come again with the
         rest. All syncs that are wanted become one.
         """
-        finished: list[Command] = []
-        for command in commands:
-            if command.opcode != FLUSH and not command.applied:
-                may_wait = not any(one.segments for one in finished)
-                if not await self._finish_slowly(command, may_wait=may_wait):
-                    break
-            finished.append(command)
-        await self._sync_for(finished)
-        return commands[len(finished) :]
-
-    async def _finish_slowly(self, command: Command, *, may_wait: bool) -> bool:
-        """All but the durability of a command; False: it needs memory, and `may_wait` forbids."""
-        dispatcher = self._dispatcher
-        while True:
-            if not may_wait and dispatcher.fences.overlap(command.offset, command.length):
-                return False
-            await dispatcher.fences.lifted(command.offset, command.length)
-            if dispatcher.attempt(command) or command.applied:
-                return True
-            if command.opcode in (WRITE_ZEROES, DATASET_MANAGEMENT):
-                if not may_wait and self.representation.busy(command.offset, command.length):
-                    return False
-                await self._clear_slowly(command)
-                return True
-            if not may_wait:
-                return False
-            if command.length - command.received > self._io_bytes_max:
-                await self._transfer_in_pieces(command)
-                return True
-            await self._lease_released()  # no await since the fences: only a lease can be missing
-
-    @property
-    def _io_bytes_max(self) -> float:
-        limit = self.representation.io_bytes_max
-        return math.inf if limit is None else limit
-
-    async def _lease_released(self) -> None:
-        released = self._released
-        if not self.starved:
-            self.starved_since = trio.current_time()
-        self.starved += 1
-        try:
-            await released.wait()
-        finally:
-            self.starved -= 1
-
-    async def _clear_slowly(self, command: Command) -> None:
-        dispatcher = self._dispatcher
-        offset, length = command.offset, command.length
-        allocate = dispatcher.must_allocate(command)
-        unit = (offset, length)
-        if not allocate and self.representation.busy(offset, length):
-            unit = self.representation.lifetime_unit(offset, length)
-        try:
-            with dispatcher.fences.around(*unit):
-                while not allocate and self.representation.busy(offset, length):
-                    await self._lease_released()
-                await clear_in_slices(
-                    self.media, self.representation, offset, length, allocate=allocate
-                )
-        except OSError as error:
-            dispatcher.fail_with(command, error)
-            return
-        self._finished_slowly(command)
-
-    async def _transfer_in_pieces(self, command: Command) -> None:
-        """More than the representation can hold at once: through a buffer of the command's own."""
-        reading = command.opcode == READ
-        position, end = command.offset + command.received, command.offset + command.length
-        buffer = bytearray(end - position) if reading else command.payload
-        assert buffer is not None
-        view = rest = memoryview(buffer)
-        while rest:
-            piece = await self._transfer_piece(command, position, rest)
-            if not piece:
-                return
-            position += piece
-            rest = rest[piece:]
-        if reading:
-            command.segments = [view]
-        self._finished_slowly(command)
-
-    async def _transfer_piece(self, command: Command, offset: int, rest: memoryview) -> int:
-        """As much as can be held, between the start of `rest` and memory; its length.
-
-        0 when it failed, and the command with it. The limit is asked for anew after each wait: the
-        representation may be another one by then.
-        """
-        reading = command.opcode == READ
-        dispatcher = self._dispatcher
-        while True:
-            await dispatcher.fences.lifted(offset, len(rest))
-            window = rest
-            if len(rest) > self._io_bytes_max:  # cut at a page: halves would be filled, or refused
-                window = rest[: (offset + int(self._io_bytes_max) & -PAGE_BYTES) - offset]
-            payload = None if reading else window
-            piece = Command(command.opcode, 0, offset, len(window), payload=payload)
-            status = dispatcher.guard(piece)
-            if status:
-                dispatcher.fail(command, status)
-                return 0
-            try:
-                if dispatcher.perform(piece):
-                    break
-            except OSError as error:
-                dispatcher.fail_with(command, error)
-                return 0
-            await self._lease_released()
-        if reading:
-            _copy_segments(piece, window)
-        self.release((piece,))
-        return len(window)
-
-    def _finished_slowly(self, command: Command) -> None:
-        """Done but for its durability, if that was asked for."""
-        if not command.flags & FUA or command.opcode == READ:
-            self._dispatcher.count(command)
-            return
-        try:
-            self.representation.write_back(command.offset, command.length)
-            command.applied = True
-        except OSError as error:
-            self._dispatcher.fail_with(command, error)
-
-    async def _sync_for(self, finished: Iterable[Command]) -> None:
-        """One flush for all: what the representation holds goes to the media, then one sync."""
-        wanted = [
-            command
-            for command in finished
-            if not command.status and (command.opcode == FLUSH or command.applied)
-        ]
-        if not wanted:
-            return
-        try:
-            await self._persist()
-        except OSError as error:
-            for command in wanted:
-                self._dispatcher.fail_with(command, error)
-            return
-        for command in wanted:
-            self._dispatcher.count(command)
-
-    async def _persist(self) -> None:
-        """What the representation holds goes to the media, and then a sync. Raises OSError."""
-        representation = self.representation
-        spent = 0
-        for offset, length in representation.dirty_extents():
-            for start, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
-                if self.representation is not representation:
-                    return  # exchanged since, and `quiesced` has persisted all of it
-                representation.write_back(start, piece)
-                spent += piece + PIECE_COST_BYTES
-                if spent >= INLINE_BYTES:  # the others get their turn
-                    await trio.lowlevel.checkpoint()
-                    spent = 0
-        await self._dispatcher.sync()
+        return await self._completer.complete(commands)
 
     @contextlib.asynccontextmanager
     async def quiesced(self) -> AsyncIterator[None]:
@@ -392,7 +235,7 @@ class Namespace:
         with fences.around(0, _EVERYTHING):
             with trio.CancelScope(deadline=deadline):
                 while self.representation.leases:
-                    await self._lease_released()
+                    await self._completer.lease_released()
             if self.representation.leases:
                 raise PmblkError(
                     f"{self.name}: {self.representation.leases} reads are not taken by their "
@@ -400,7 +243,7 @@ class Namespace:
                     hint="find the client that hangs, or try again",
                 )
             try:
-                await self._persist()
+                await self._completer.persist()
             except OSError as error:
                 raise PmblkError(
                     f"{self.name} cannot be made durable: {error.strerror}",
@@ -414,13 +257,3 @@ class Namespace:
         await self.complete(self.execute((flush,)))
         if flush.status:
             raise OSError(errno.EIO, f"namespace {self.name}: the flush failed")
-
-
-def _copy_segments(command: Command, target: memoryview) -> None:
-    position = 0
-    for segment in command.segments or ():
-        if isinstance(segment, Hole):
-            position += segment.length
-        else:
-            target[position : position + len(segment)] = segment
-            position += len(segment)

@@ -6,6 +6,7 @@ Clients go on meanwhile, so this is what `dd` of a live disk is: a moment in tim
 writes.
 """
 
+import errno
 import mmap
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ import msgspec
 import trio
 
 from pmblk.errors import PmblkError
-from pmblk.media.member import Member
+from pmblk.media.target import Target
 from pmblk.namespace import Namespace
 from pmblk.nvme.command import READ, Command, Hole, Segment
 from pmblk.pages import PAGE_BYTES
@@ -33,34 +34,34 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-async def save(namespace: Namespace, member: Member) -> Saved:
-    """All of the namespace to the start of `member`, durably. Raises PmblkError.
+async def save(namespace: Namespace, target: Target) -> Saved:
+    """All of the namespace to the start of `target`, durably. Raises PmblkError.
 
     Holes are skipped where the target is a file that was empty, and written as zeroes else.
     """
     begun = trio.current_time()
-    copied = namespace.representation.counters().bytes_copied
+    copied = namespace.representation.costs().bytes_copied
     holes = 0
     limit = namespace.representation.io_bytes_max or PIECE_BYTES
     piece_bytes = min(PIECE_BYTES, limit & -PAGE_BYTES)
     try:
         for offset, length in slices(0, namespace.size, slice_bytes=piece_bytes):
-            holes += await _save_piece(namespace, member, offset, length)
-        await trio.to_thread.run_sync(member.finish, namespace.size)
+            holes += await _save_piece(namespace, target, offset, length)
+        await trio.to_thread.run_sync(target.finish, namespace.size)
     except OSError as error:
         raise PmblkError(
-            f"{namespace.name} is not saved: {member.path}: {error.strerror}",
-            hint="is its block size a divisor of the namespace's size?",
+            f"{namespace.name} is not saved: {target.path}: {error.strerror}",
+            hint=_hint(error),
         ) from error
     return Saved(
-        written_bytes=namespace.size - (holes if member.size is None else 0),
+        written_bytes=namespace.size - (holes if target.is_file else 0),
         hole_bytes=holes,
-        copied_bytes=namespace.representation.counters().bytes_copied - copied,
+        copied_bytes=namespace.representation.costs().bytes_copied - copied,
         seconds=trio.current_time() - begun,
     )
 
 
-async def _save_piece(namespace: Namespace, member: Member, offset: int, length: int) -> int:
+async def _save_piece(namespace: Namespace, target: Target, offset: int, length: int) -> int:
     """One piece; the bytes of it that are holes."""
     read = Command(READ, 0, offset, length)
     waiting = namespace.execute((read,))
@@ -69,27 +70,34 @@ async def _save_piece(namespace: Namespace, member: Member, offset: int, length:
     try:
         if read.status:
             raise PmblkError(
-                f"{namespace.name} is not saved: it cannot be read at {offset}",
-                hint="write those blocks anew, if they are poisoned",
+                f"{namespace.name} is not saved: it cannot be read between {offset} "
+                f"and {offset + length}",
+                hint="write, zero or discard what is poisoned there",
             )
         segments = read.segments or ()
-        await trio.to_thread.run_sync(_write, member, offset, segments)
+        await trio.to_thread.run_sync(_write, target, offset, segments)
     finally:
         namespace.release((read,))
     return sum(segment.length for segment in segments if isinstance(segment, Hole))
 
 
-def _write(member: Member, offset: int, segments: "Sequence[Segment]") -> None:
+def _write(target: Target, offset: int, segments: "Sequence[Segment]") -> None:
     """In a worker thread. Neighbouring views go out together."""
     views: list[memoryview] = []
     start = position = offset
     for segment in segments:
-        if isinstance(segment, Hole) and member.size is None:
-            member.write(start, views)
+        if isinstance(segment, Hole) and target.is_file:
+            target.write(start, views)
             views, position = [], position + segment.length
             start = position
             continue
         view = _ZEROES[: segment.length] if isinstance(segment, Hole) else segment
         views.append(view)
         position += len(view)
-    member.write(start, views)
+    target.write(start, views)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno == errno.EINVAL:
+        return "its blocks are larger than the namespace's, or it has no O_DIRECT"
+    return "what was written so far is no copy"

@@ -8,14 +8,13 @@ are handed over.
 import time
 
 import msgspec
-import numpy as np
 import trio
 
+from pmblk import page_runs
 from pmblk.errors import PmblkError
 from pmblk.namespace import Namespace
 from pmblk.pages import PAGE_SHIFT
 from pmblk.representations import Representation, make
-from pmblk.representations.dirty_map import page_extents
 
 _SIZE_MAX = (1 << 63) - 1  # off_t
 
@@ -107,7 +106,7 @@ def _hand_over_poison(old: Representation, new: Representation) -> None:
     media = new.media
     bad = [page for page in old.poisoned() if page << PAGE_SHIFT < media.size]
     try:
-        for offset, length in page_extents(np.array(bad, np.int64)):
+        for offset, length in page_runs.extents(bad):
             if not media.read_only:
                 media.reserve(offset, min(length, media.size - offset))
             new.poison(offset >> PAGE_SHIFT, length >> PAGE_SHIFT)

@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from pmblk import Namespace, PmblkError, description, saving, switching
-from pmblk.media.member import open_member
+from pmblk.media.target import open_target
 from pmblk.pages import PAGE_BYTES, span
 from pmblkd import report_of
 from pmblkd.config import parse_representation
@@ -44,7 +44,17 @@ class Answers:
         }
 
     async def _stats(self, question: NamespaceQuestion) -> StatsReport:
-        return report_of.stats(self._find(question.name))
+        namespace = self._find(question.name)
+        representation = namespace.representation
+        resident = await trio.to_thread.run_sync(representation.resident_bytes)
+        costs = representation.costs()
+        costs.metadata_resident_bytes = resident
+        return StatsReport(
+            name=namespace.name,
+            representation=report_of.representation(representation),
+            namespace_counters=namespace.counters,
+            representation_counters=costs,
+        )
 
     async def _switch(self, question: SwitchQuestion) -> SwitchReport:
         try:
@@ -81,15 +91,15 @@ class Answers:
     async def _save(self, question: SaveQuestion) -> SaveReport:
         with self._registry.named(question.name).used() as namespace:
             # In a thread: the target may lie on our own mount, which this loop serves.
-            open_target = partial(open_member, needed_bytes=namespace.size)
-            member = await trio.to_thread.run_sync(open_target, Path(question.target))
+            opened = partial(open_target, needed_bytes=namespace.size)
+            target = await trio.to_thread.run_sync(opened, Path(question.target))
             try:
-                saved = await saving.save(namespace, member)
+                saved = await saving.save(namespace, target)
             except PmblkError as error:
                 raise WorkFailed(error.message, hint=error.hint) from error
             finally:
                 with trio.CancelScope(shield=True):  # a close that is lost is a descriptor lost
-                    await trio.to_thread.run_sync(member.close)
+                    await trio.to_thread.run_sync(target.close)
         return SaveReport(
             name=question.name, target=question.target, **msgspec.structs.asdict(saved)
         )

@@ -26,7 +26,6 @@ from pmblkd.reports import (
     RepresentationReport,
     Run,
     SglReport,
-    StatsReport,
     SwitchReport,
 )
 
@@ -67,15 +66,6 @@ def _uri(address: Address, name: str) -> str:
         return f"nbd+unix:///{name}?socket={address.path}"
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"nbd://{host}:{address.port}/{name}"
-
-
-def stats(namespace: Namespace) -> StatsReport:
-    return StatsReport(
-        name=namespace.name,
-        representation=representation(namespace.representation),
-        namespace_counters=namespace.counters,
-        representation_counters=namespace.representation.counters(),
-    )
 
 
 def representation(representation: Representation) -> RepresentationReport:

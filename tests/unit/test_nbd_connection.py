@@ -176,7 +176,7 @@ async def test_a_slow_reader_loses_its_connection_when_others_wait_for_its_memor
 ) -> None:
     namespace = make_namespace()
     namespace.media.reserve(0, namespace.size)
-    namespace.starved = 1
+    namespace._completer.starved = 1
     ours, theirs = pair
     async with serving(namespace, ours):
         await go(theirs)
@@ -193,7 +193,7 @@ async def test_a_trickle_of_reading_is_no_excuse(
 ) -> None:
     namespace = make_namespace()
     namespace.media.reserve(0, namespace.size)
-    namespace.starved = 1
+    namespace._completer.starved = 1
     ours, theirs = pair
 
     async def trickle() -> None:

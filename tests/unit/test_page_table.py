@@ -8,18 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmblk import page_runs
 from pmblk.pages import PAGE_BYTES
 from pmblk.representations import descriptors
 from pmblk.representations.descriptors import bvecs, pfns
-from pmblk.representations.dirty_map import DirtyMap, page_extents
+from pmblk.representations.dirty_map import DirtyMap
 from pmblk.representations.page_table import (
     DIRTY,
     HWPOISON,
     REFERENCED,
     STRUCT_BYTES,
     PageTable,
-    anonymous,
 )
+from pmblk.representations.table_memory import for_structs
 
 STRUCTS = 100
 runs = st.tuples(st.integers(0, STRUCTS - 1), st.integers(1, STRUCTS)).map(
@@ -32,7 +33,7 @@ bits = st.sampled_from([DIRTY, HWPOISON, REFERENCED, DIRTY | HWPOISON])
 def test_a_run_of_structs_is_changed_and_its_neighbours_are_not(
     history: list[tuple[str, tuple[int, int], int]],
 ) -> None:
-    memory = anonymous(STRUCTS)
+    memory = for_structs(STRUCTS)
     table = PageTable(memory)
     references, flags = [0] * STRUCTS, [0] * STRUCTS
     for what, (first, count), chosen in history:
@@ -64,7 +65,7 @@ def test_a_run_of_structs_is_changed_and_its_neighbours_are_not(
 
 
 def test_a_struct_has_its_fields_where_linux_has_them() -> None:
-    memory = anonymous(3)
+    memory = for_structs(3)
     table = PageTable(memory)
     table.set_one(1, index=0x1122, flags=DIRTY, refcount=7)
     raw = ctypes.string_at(table.address + STRUCT_BYTES, STRUCT_BYTES)
@@ -124,7 +125,7 @@ def test_to_clear_what_is_clean_takes_no_memory() -> None:
 
 @given(st.sets(st.integers(0, 60)))
 def test_page_numbers_become_ranges_that_do_not_touch(numbers: set[int]) -> None:
-    extents = page_extents(np.array(sorted(numbers), np.int64))
+    extents = page_runs.extents(np.array(sorted(numbers), np.int64))
     found = [
         page
         for offset, length in extents

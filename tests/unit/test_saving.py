@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pmblk import Command, PmblkError
-from pmblk.media.member import open_member
+from pmblk.media.target import open_target
 from pmblk.nvme.command import DATASET_MANAGEMENT, WRITE
 from pmblk.saving import save
 from tests.unit.conftest import MakeNamespace
@@ -38,9 +38,9 @@ async def test_every_kind_is_saved_byte_for_byte_and_only_page_cache_copies(
     for offset in range(0, namespace.size, 16 << 10):
         payload = content[offset : offset + (16 << 10)]
         assert not namespace.execute([Command(WRITE, 0, offset, len(payload), payload=payload)])
-    member = open_member(target_file(directory), needed_bytes=namespace.size)
-    saved = await save(namespace, member)
-    member.close()
+    target = open_target(target_file(directory), needed_bytes=namespace.size)
+    saved = await save(namespace, target)
+    target.close()
     assert target_file(directory).read_bytes() == content
     assert saved.written_bytes == namespace.size
     assert (saved.copied_bytes > 0) == (kind == "page-cache")
@@ -51,9 +51,9 @@ async def test_holes_stay_holes_in_a_file(make_namespace: MakeNamespace, directo
     namespace = make_namespace(SIZE)
     namespace.execute([Command(WRITE, 0, 0, 8192, payload=b"a" * 8192)])
     namespace.execute([Command(DATASET_MANAGEMENT, 0, 4096, 4096)])
-    member = open_member(target_file(directory), needed_bytes=SIZE)
-    saved = await save(namespace, member)
-    member.close()
+    target = open_target(target_file(directory), needed_bytes=SIZE)
+    saved = await save(namespace, target)
+    target.close()
     assert saved.hole_bytes == SIZE - 4096
     assert saved.written_bytes == 4096
     status = target_file(directory).stat()
@@ -64,10 +64,10 @@ async def test_holes_stay_holes_in_a_file(make_namespace: MakeNamespace, directo
 async def test_poisoned_memory_is_not_saved(make_namespace: MakeNamespace, directory: Path) -> None:
     namespace = make_namespace(SIZE)
     namespace.poison(1 << 20, 4096)
-    member = open_member(target_file(directory), needed_bytes=SIZE)
-    with pytest.raises(PmblkError, match="cannot be read at 1048576"):
-        await save(namespace, member)
-    member.close()
+    target = open_target(target_file(directory), needed_bytes=SIZE)
+    with pytest.raises(PmblkError, match="cannot be read between 1048576 and 2097152"):
+        await save(namespace, target)
+    target.close()
     assert namespace.representation.leases == 0
 
 
@@ -75,10 +75,10 @@ def test_media_that_are_served_are_no_target(make_namespace: MakeNamespace) -> N
     namespace = make_namespace(SIZE)
     namespace.execute([Command(WRITE, 0, 0, 1, payload=b"a")])
     with pytest.raises(PmblkError, match="somebody uses it"):
-        open_member(namespace.media.path, needed_bytes=SIZE)
+        open_target(namespace.media.path, needed_bytes=SIZE)
     assert bytes(namespace.media.view[:1]) == b"a"
 
 
 def test_a_target_in_no_directory_is_refused(directory: Path) -> None:
     with pytest.raises(PmblkError, match="No such file"):
-        open_member(directory / "none" / "file", needed_bytes=1)
+        open_target(directory / "none" / "file", needed_bytes=1)

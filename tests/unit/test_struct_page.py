@@ -140,7 +140,7 @@ def test_an_eager_table_without_memory_for_it_is_refused(
     make_media: MakeMedia, monkeypatch: pytest.MonkeyPatch, compound: str
 ) -> None:
     monkeypatch.setattr(
-        "pmblk.representations.struct_page.available_memory_bytes", lambda: 10 << 10
+        "pmblk.representations.table_memory.available_memory_bytes", lambda: 10 << 10
     )
     media = make_media(64 << 20)
     with pytest.raises(PmblkError, match=r"page table of 64 MiB takes .* 10 KiB .*lazy"):
@@ -230,7 +230,7 @@ async def test_a_flush_writes_back_the_dirty_pages_and_no_others(
     assert not namespace.execute([write(100, b"x"), write(PAGE, b"x"), write(9 * PAGE - 1, b"xx")])
     assert not namespace.execute([write(1023 * PAGE - (1 << 16), b"x")])
     assert durability.taken() == [], "a store writes nothing back"
-    assert namespace.representation.counters().dirty_bytes == 5 * PAGE
+    assert namespace.representation.counters().dirty_bytes == namespace.size, "both sections"
     flush = Command(FLUSH, 0, 0, 0)
     await namespace.complete(namespace.execute([flush]))
     assert durability.taken() == [(0, 2 * PAGE), (8 * PAGE, 2 * PAGE), (1007 * PAGE, PAGE)]

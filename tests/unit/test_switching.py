@@ -296,7 +296,7 @@ async def test_a_larger_size_whose_representation_cannot_be_had_is_undone(
 ) -> None:
     namespace = make_namespace(kind="struct-page", options={"init": "eager"})
     assert not namespace.execute([write(0, b"x" * PAGE)])
-    monkeypatch.setattr("pmblk.representations.struct_page.available_memory_bytes", lambda: 1)
+    monkeypatch.setattr("pmblk.representations.table_memory.available_memory_bytes", lambda: 1)
     with pytest.raises(PmblkError, match="page table"):
         await resize(namespace, 2 << 20)
     assert namespace.size == namespace.media.size == namespace.media.path.stat().st_size == 1 << 20
@@ -311,7 +311,7 @@ async def test_a_smaller_size_whose_representation_cannot_be_had_loses_nothing(
     namespace = make_namespace(2 << 20, kind="struct-page", options={"init": "eager"})
     last = (2 << 20) - PAGE
     assert not namespace.execute([write(last, b"x" * PAGE)])
-    monkeypatch.setattr("pmblk.representations.struct_page.available_memory_bytes", lambda: 1)
+    monkeypatch.setattr("pmblk.representations.table_memory.available_memory_bytes", lambda: 1)
     with pytest.raises(PmblkError, match="page table"):
         await resize(namespace, 1 << 20)
     read = hold(namespace, last, PAGE)

@@ -78,8 +78,9 @@ class PageCached(Durability):
 
 
 class PersistentMemory(Durability):
-    """Lines are written back at each store, so a flush is one fence and there is no dirty state.
+    """Lines are written back at each store, or before a flush by who remembers what is dirty.
 
+    So a flush is one fence, and there is no dirty state here.
     Only a change of the file's layout needs the file system, and only the next sync pays for it.
     """
 

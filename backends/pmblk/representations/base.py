@@ -49,7 +49,7 @@ class RepresentationCounters(msgspec.Struct, kw_only=True):
 
     bytes_copied: int = 0  # by the representation itself; a front end's transfer is not in it
     descriptors_built: int = 0
-    descriptor_bytes: int = 0
+    descriptor_bytes: int = 0  # written for I/Os: bio_vecs, PFNs, extents, structs that were filled
     metadata_bytes: int = 0  # what it needs for the whole namespace
     metadata_resident_bytes: int = 0  # what of that has memory now (DRAM)
     metadata_device_bytes: int = 0  # what of that lies on the media
@@ -66,7 +66,7 @@ class RepresentationCounters(msgspec.Struct, kw_only=True):
     cache_misses: int = 0
     cache_write_backs: int = 0
     cached_bytes: int = 0
-    dirty_bytes: int = 0
+    dirty_bytes: int = 0  # at most; struct-page knows it to 2 MiB
     poisoned_bytes: int = 0
 
 
@@ -132,7 +132,9 @@ class Representation(abc.ABC):
 
         Say `stored` of what was stored. Raises OSError, and then `write` would too.
         """
-        return None
+        if not self.has_windows or self.has_poison:
+            return None
+        return self.media.view[offset : offset + length]
 
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
         """A part of a window has been filled; `continued`: not the first one of its write.
@@ -209,8 +211,22 @@ class Representation(abc.ABC):
     # ---- what it cost
 
     @abc.abstractmethod
+    def built(self) -> tuple[int, int]:
+        """Descriptors that were built so far, and the bytes that were written for them."""
+
+    @abc.abstractmethod
+    def costs(self) -> RepresentationCounters:
+        """Everything but `metadata_resident_bytes`, at the cost of a look."""
+
+    def resident_bytes(self) -> int:
+        """DRAM that the metadata take now. May take 10 ms for a large table; any thread may ask."""
+        return 0
+
     def counters(self) -> RepresentationCounters:
-        """All of it, now. Not for the path of an I/O."""
+        """All of it, now."""
+        counters = self.costs()
+        counters.metadata_resident_bytes = self.resident_bytes()
+        return counters
 
     def close(self) -> None:
         """Give its own memory back; no lease is out."""

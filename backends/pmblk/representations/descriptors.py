@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pmblk import pages
+from pmblk.page_runs import SCALAR_PAGES
 from pmblk.pages import PAGE_BYTES
-from pmblk.representations.page_table import SCALAR_PAGES
 
 BVEC = np.dtype([("page", "<u8"), ("length", "<u4"), ("offset", "<u4")])
 BVEC_BYTES = BVEC.itemsize

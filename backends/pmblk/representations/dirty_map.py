@@ -5,26 +5,16 @@ of its bits. The bits are in anonymous memory that costs nothing until it is tou
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from pmblk import page_runs
 from pmblk.media.syscalls import anonymous, resident_bytes
 from pmblk.pages import PAGE_BYTES
 
 _CHUNK_BYTES = 4096  # of bits: 128 MiB of the device
 _CHUNK_PAGES = _CHUNK_BYTES * 8
 _CHUNK_SHIFT = _CHUNK_PAGES.bit_length() - 1
-
-
-def page_extents(numbers: Any) -> list[tuple[int, int]]:
-    """An array of sorted page numbers as byte ranges (offset, length), neighbours joined."""
-    if not len(numbers):
-        return []
-    borders = np.flatnonzero(np.diff(numbers) != 1)
-    firsts = numbers[np.concatenate(([0], borders + 1))] * PAGE_BYTES
-    ends = (numbers[np.concatenate((borders, [len(numbers) - 1]))] + 1) * PAGE_BYTES
-    return list(zip(firsts.tolist(), (ends - firsts).tolist(), strict=True))
 
 
 class DirtyMap:
@@ -85,7 +75,7 @@ class DirtyMap:
         chunk = self._summary.find(1)
         while chunk >= 0:
             bits = np.unpackbits(self._in_chunk(chunk), bitorder="little")
-            yield from page_extents(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
+            yield from page_runs.extents(np.flatnonzero(bits) + chunk * _CHUNK_PAGES)
             if not self._in_chunk(chunk).any():
                 self._summary[chunk] = 0
             chunk = self._summary.find(1, chunk + 1)

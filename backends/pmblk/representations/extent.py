@@ -83,11 +83,6 @@ class ExtentRepresentation(Representation):
             self._heal(offset, len(payload))
         return True
 
-    def window(self, offset: int, length: int) -> memoryview | None:
-        if not self.has_windows or self.has_poison:
-            return None
-        return self._view[offset : offset + length]
-
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self.media.stored(offset, length)
         self._writes += not continued
@@ -130,14 +125,17 @@ class ExtentRepresentation(Representation):
 
     # ---- what it cost
 
-    def counters(self) -> RepresentationCounters:
+    def built(self) -> tuple[int, int]:
+        built = self._released + self.leases + self._writes
+        return built, built * DESCRIPTOR_BYTES
+
+    def costs(self) -> RepresentationCounters:
         pins = self._released + self.leases
-        built = pins + self._writes
+        built, descriptor_bytes = self.built()
         return RepresentationCounters(
             descriptors_built=built,
-            descriptor_bytes=built * DESCRIPTOR_BYTES,
-            metadata_bytes=DESCRIPTOR_BYTES,
-            metadata_resident_bytes=DESCRIPTOR_BYTES,
+            descriptor_bytes=descriptor_bytes,
+            metadata_bytes=self.resident_bytes(),
             pins=pins,
             unpins=self._released,
             peak_pins=max(self._peak, self.leases),
@@ -145,6 +143,9 @@ class ExtentRepresentation(Representation):
             sgl_descriptors=built,
             poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
         )
+
+    def resident_bytes(self) -> int:
+        return DESCRIPTOR_BYTES
 
 
 class FragmentedExtents(ExtentRepresentation):
@@ -213,13 +214,16 @@ class FragmentedExtents(ExtentRepresentation):
         self._stored += new
         self._splits += new if continued else new - 1
 
-    def counters(self) -> RepresentationCounters:
-        counters = super().counters()
+    def built(self) -> tuple[int, int]:
         built = self._pins + self._stored
-        counters.descriptors_built = counters.sgl_descriptors = built
-        counters.descriptor_bytes = built * DESCRIPTOR_BYTES
-        table_bytes = len(self._starts) * DESCRIPTOR_BYTES
-        counters.metadata_bytes = counters.metadata_resident_bytes = table_bytes
+        return built, built * DESCRIPTOR_BYTES
+
+    def resident_bytes(self) -> int:
+        return len(self._starts) * DESCRIPTOR_BYTES
+
+    def costs(self) -> RepresentationCounters:
+        counters = super().costs()
+        counters.sgl_descriptors = counters.descriptors_built
         counters.pins, counters.unpins = self._pins, self._unpins
         counters.peak_pins = max(self._peak, self._pins - self._unpins)
         counters.splits, counters.iovecs = self._splits, self._iovecs

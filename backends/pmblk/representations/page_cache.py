@@ -17,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from pmblk import pages
+from pmblk import page_runs, pages
 from pmblk.media import Media
 from pmblk.media.syscalls import resident_bytes
+from pmblk.page_runs import SCALAR_PAGES
 from pmblk.pages import PAGE_BYTES
 from pmblk.representations.base import Lease, Representation, RepresentationCounters
-from pmblk.representations.descriptors import BVEC_BYTES
-from pmblk.representations.dirty_map import page_extents
+from pmblk.representations.descriptors import BVEC_BYTES, bvecs
 from pmblk.representations.page_table import (
     HALVES,
     REFCOUNT_HALF,
     REFERENCED,
-    SCALAR_PAGES,
+    STRUCT_BYTES,
     WORDS,
     PageTable,
-    anonymous,
 )
+from pmblk.representations.table_memory import for_structs
 from pmblk.units import parse_size
 
 _NO_PAGE = -1
@@ -59,7 +59,7 @@ class PageCacheRepresentation(Representation):
         self.io_bytes_max = arena_bytes // 4  # unaligned ends and other holders need frames too
         self._memory = mmap.mmap(-1, arena_bytes)
         self._arena = memoryview(self._memory)
-        self._table_memory = anonymous(self._frames)
+        self._table_memory = for_structs(self._frames)
         self._table = PageTable(self._table_memory)
         self._frame_of: dict[int, int] = {}  # page -> frame
         self._page_of = [_NO_PAGE] * self._frames
@@ -69,6 +69,7 @@ class PageCacheRepresentation(Representation):
         self._orphans = 0  # frames without a page that somebody still holds
         self._hits = self._misses = self._write_backs = self._waits = self._copied = 0
         self._pins = self._unpins = self._peak = self._iovecs = self._runs = 0
+        self._filled = 0  # structs of frames, so far
 
     # ---- holding: frames, each pinned
 
@@ -81,13 +82,13 @@ class PageCacheRepresentation(Representation):
         views = self._views(offset, length, frames)
         self.leases += 1
         self._iovecs += len(views)
-        return Lease(views, descriptors=frames)
+        return Lease(views, descriptors=(frames, self._bvecs(offset, length, frames)))
 
     def release(self, leases: Sequence[Lease]) -> None:
         self._peak = max(self._peak, self._pins - self._unpins)
         self.leases -= len(leases)
         for lease in leases:
-            self._unpin(lease.descriptors)
+            self._unpin(lease.descriptors[0])
 
     def busy(self, offset: int, length: int) -> bool:
         """Never: a lease holds frames, and the pages of the media are free to go."""
@@ -148,7 +149,7 @@ class PageCacheRepresentation(Representation):
         """The range in the arena; frames that are neighbours there make one view."""
         arena = self._arena
         head, tail = offset % PAGE_BYTES, -(offset + length) % PAGE_BYTES
-        runs = _runs(frames)
+        runs = page_runs.runs(frames)
         self._runs += len(runs)
         if len(runs) == 1:
             (first, last) = runs[0]
@@ -157,6 +158,13 @@ class PageCacheRepresentation(Representation):
         views[0] = views[0][head:]
         views[-1] = views[-1][: len(views[-1]) - tail]
         return views
+
+    def _bvecs(self, offset: int, length: int, frames: list[int]) -> Any:
+        """The bio_vecs of an I/O, which name the structs of its frames."""
+        address = self._table.address
+        if len(frames) > SCALAR_PAGES:
+            return bvecs(offset, length, np.array(frames) * STRUCT_BYTES + address)
+        return bvecs(offset, length, [address + frame * STRUCT_BYTES for frame in frames])
 
     def _unpin(self, frames: list[int]) -> None:
         self._unpins += len(frames)
@@ -180,6 +188,7 @@ class PageCacheRepresentation(Representation):
         frames = self._pinned_frames(offset, length, fill=False)
         if frames is None:
             return False
+        self._bvecs(offset, length, frames)  # dropped: the copy is done before it is needed
         taken = 0
         for view in self._views(offset, length, frames):
             view[:] = payload[taken : taken + len(view)]
@@ -198,7 +207,7 @@ class PageCacheRepresentation(Representation):
         return bool(self._dirty)
 
     def dirty_extents(self) -> Iterator[tuple[int, int]]:
-        return iter(page_extents(np.array(sorted(self._dirty), np.int64)))
+        return iter(page_runs.extents(sorted(self._dirty)))
 
     def write_back(self, offset: int, length: int) -> None:
         for page in self._pages_of(self._dirty, offset, length):
@@ -255,6 +264,7 @@ class PageCacheRepresentation(Representation):
         self._frame_of[page] = frame
         self._page_of[frame] = page
         self._table.set_one(frame, index=page, flags=REFERENCED)
+        self._filled += 1
         return frame
 
     def _fill(self, frame: int, page: int) -> None:
@@ -310,13 +320,19 @@ class PageCacheRepresentation(Representation):
 
     # ---- what it cost
 
-    def counters(self) -> RepresentationCounters:
+    def built(self) -> tuple[int, int]:
+        return self._pins, self._pins * BVEC_BYTES + self._filled * STRUCT_BYTES
+
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._table_memory)
+
+    def costs(self) -> RepresentationCounters:
+        built, descriptor_bytes = self.built()
         return RepresentationCounters(
             bytes_copied=self._copied,
-            descriptors_built=self._pins,
-            descriptor_bytes=self._pins * BVEC_BYTES,
+            descriptors_built=built,
+            descriptor_bytes=descriptor_bytes,
             metadata_bytes=self._table.bytes,
-            metadata_resident_bytes=resident_bytes(self._table_memory),
             pins=self._pins,
             unpins=self._unpins,
             peak_pins=max(self._peak, self._pins - self._unpins),
@@ -331,21 +347,3 @@ class PageCacheRepresentation(Representation):
             dirty_bytes=len(self._dirty) * PAGE_BYTES,
             poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
         )
-
-
-def _runs(frames: list[int]) -> list[tuple[int, int]]:
-    """The frames as (first, last) of what lies side by side in the arena, in the order given."""
-    if len(frames) > SCALAR_PAGES:
-        numbers = np.array(frames)
-        borders = np.flatnonzero(np.diff(numbers) != 1)
-        firsts = numbers[np.concatenate(([0], borders + 1))].tolist()
-        lasts = numbers[np.concatenate((borders, [len(frames) - 1]))].tolist()
-        return list(zip(firsts, lasts, strict=True))
-    runs = [(frames[0], frames[0])]
-    for frame in frames[1:]:
-        first, last = runs[-1]
-        if frame == last + 1:
-            runs[-1] = (first, frame)
-        else:
-            runs.append((frame, frame))
-    return runs

@@ -7,19 +7,17 @@ one for every page of the device, one for every page under I/O, or one for every
 Up to `SCALAR_PAGES` structs are gone through with plain ints, more with numpy: a numpy call costs
 about 0.8 us whatever its length, a struct 0.06 us, so they meet at 16 (Python 3.11).
 
-Source: include/linux/mm_types.h and page-flags.h of Linux 6.x.
+Source: include/linux/mm_types.h and page-flags.h of Linux 6.14, x86-64 with everything configured.
 """
 
 import ctypes
-import mmap
 from typing import Any
 
 import numpy as np
 
-from pmblk.media import syscalls
+from pmblk.page_runs import SCALAR_PAGES
 
 STRUCT_BYTES = 64
-SCALAR_PAGES = 16
 
 PAGE = np.dtype(
     {
@@ -33,21 +31,13 @@ assert PAGE.itemsize == STRUCT_BYTES
 
 REFERENCED = 1 << 2
 DIRTY = 1 << 4
-RESERVED = 1 << 11
+RESERVED = 1 << 13
 HWPOISON = 1 << 21
 
 WORDS = STRUCT_BYTES // 8  # a struct's flags are word_items[at * WORDS]
 HALVES = STRUCT_BYTES // 4  # its references are half_items[at * HALVES + REFCOUNT_HALF]
 REFCOUNT_HALF = 52 // 4
 _INDEX_WORD = 32 // 8
-
-
-def anonymous(structs: int) -> mmap.mmap:
-    """Zeroed memory for so many structs, which costs nothing until it is touched.
-
-    Zeroes are a struct at rest: nobody's, clean, good. Raises OSError.
-    """
-    return syscalls.anonymous(max(structs, 1) * STRUCT_BYTES)
 
 
 class PageTable:

@@ -74,7 +74,7 @@ class PfnRepresentation(Representation):
         if self.has_poison:
             self._refuse_half_poisoned(offset, length)
         first, count = pages.span(offset, length)
-        pfns(first, count)
+        pfns(first, count)  # dropped: the store is done before anybody could want them
         self._store(offset, payload)
         self._dirty.mark(first, count)
         self._writes += 1
@@ -82,11 +82,6 @@ class PfnRepresentation(Representation):
         if self.has_poison:
             self._heal(offset, length)
         return True
-
-    def window(self, offset: int, length: int) -> memoryview | None:
-        if not self.has_windows or self.has_poison:
-            return None
-        return self._view[offset : offset + length]
 
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self._dirty.mark(*pages.span(offset, length))
@@ -117,14 +112,20 @@ class PfnRepresentation(Representation):
 
     # ---- what it cost
 
-    def counters(self) -> RepresentationCounters:
+    def built(self) -> tuple[int, int]:
         built = self._pins + self._written
+        return built, built * PFN_BYTES
+
+    def resident_bytes(self) -> int:
+        return self._dirty.resident_bytes()
+
+    def costs(self) -> RepresentationCounters:
+        built, descriptor_bytes = self.built()
         runs = self._holds + self._writes
         return RepresentationCounters(
             descriptors_built=built,
-            descriptor_bytes=built * PFN_BYTES,
+            descriptor_bytes=descriptor_bytes,
             metadata_bytes=self._dirty.bytes,
-            metadata_resident_bytes=self._dirty.resident_bytes(),
             pins=self._pins,
             unpins=self._unpins,
             peak_pins=max(self._peak, self._pins - self._unpins),

@@ -19,24 +19,21 @@ Sources: Documentation/mm/vmemmap_dedup.rst, include/linux/page-flags.h.
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from pmblk import pages
-from pmblk.errors import PmblkError
+from pmblk import page_runs, pages
 from pmblk.media import Media
-from pmblk.media.syscalls import available_memory_bytes, resident_bytes
+from pmblk.media.syscalls import resident_bytes
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import round_out
+from pmblk.representations import table_memory
 from pmblk.representations.base import Lease, Representation, RepresentationCounters, beyond
 from pmblk.representations.descriptors import BVEC_BYTES, bvecs
-from pmblk.representations.dirty_map import page_extents
 from pmblk.representations.page_table import (
     DIRTY,
     HWPOISON,
     RESERVED,
     STRUCT_BYTES,
     PageTable,
-    anonymous,
 )
-from pmblk.units import format_size
 
 SECTION_PAGES = 512
 SECTION_BYTES = SECTION_PAGES * PAGE_BYTES  # 2 MiB
@@ -67,9 +64,9 @@ class StructPageRepresentation(Representation):
         eager = options.init == "eager"
         self._on_device = options.memmap == "device"
         self._memory = (
-            _reserved(media, structs, eager=eager)
+            table_memory.on_device(media, structs, eager=eager)
             if self._on_device
-            else _dram(media, structs, eager=eager)
+            else table_memory.in_dram(media, structs, eager=eager)
         )
         self._table = PageTable(self._memory)
         if eager:
@@ -164,7 +161,7 @@ class StructPageRepresentation(Representation):
         length = len(payload)
         if self.has_poison:
             self._refuse_half_poisoned(offset, length)
-        first, count, _ = self._describe(offset, length)
+        first, count, _dropped = self._describe(offset, length)  # the store needs no bio_vecs
         self._pin(first, count)
         try:
             self._store(offset, payload)
@@ -177,11 +174,9 @@ class StructPageRepresentation(Representation):
         return True
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        if not self.has_windows or self.has_poison:
-            return None
         if self._on_device:  # `stored` cannot fail any more
             self._reserve_structs(*pages.span(offset, length))
-        return self._view[offset : offset + length]
+        return super().window(offset, length)
 
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self._mark_dirty(*pages.span(offset, length))
@@ -208,7 +203,7 @@ class StructPageRepresentation(Representation):
     def _dirty_in(self, section: int) -> list[tuple[int, int]]:
         first = section * SECTION_PAGES
         count = min(SECTION_PAGES, self._pages - first)
-        return page_extents(self._table.with_flags(first, count, DIRTY))
+        return page_runs.extents(self._table.with_flags(first, count, DIRTY))
 
     def write_back(self, offset: int, length: int) -> None:
         first, count = pages.span(offset, length)
@@ -254,14 +249,19 @@ class StructPageRepresentation(Representation):
 
     # ---- what it cost
 
-    def counters(self) -> RepresentationCounters:
+    def built(self) -> tuple[int, int]:
+        return self._built, self._built * BVEC_BYTES
+
+    def resident_bytes(self) -> int:
+        return 0 if self._on_device else resident_bytes(self._memory)
+
+    def costs(self) -> RepresentationCounters:
+        built, descriptor_bytes = self.built()
         runs = self._holds + self._writes
-        dirty = sum(length for _, length in self.dirty_extents())
         return RepresentationCounters(
-            descriptors_built=self._built,
-            descriptor_bytes=self._built * BVEC_BYTES,
+            descriptors_built=built,
+            descriptor_bytes=descriptor_bytes,
             metadata_bytes=self._table.bytes,
-            metadata_resident_bytes=0 if self._on_device else resident_bytes(self._memory),
             metadata_device_bytes=self._table.bytes if self._on_device else 0,
             pins=self._pins,
             unpins=self._unpins,
@@ -269,7 +269,7 @@ class StructPageRepresentation(Representation):
             merges=self._built - runs,
             iovecs=self._holds,
             sgl_descriptors=runs,
-            dirty_bytes=dirty,
+            dirty_bytes=min(self._dirty_sections.count(1) * SECTION_BYTES, self.media.size),
             poisoned_bytes=len(self.poisoned()) * PAGE_BYTES,
         )
 
@@ -361,59 +361,3 @@ def _marked(sections: bytearray, first: int, count: int) -> Iterator[int]:
     while section >= 0:
         yield section
         section = sections.find(1, section + 1, end)
-
-
-# ---- where the table lies
-
-
-def _dram(media: Media, structs: int, *, eager: bool) -> Any:
-    """Anonymous memory. Raises PmblkError when there is not enough for an eager table."""
-    needed, available = structs * STRUCT_BYTES, available_memory_bytes()
-    if eager and needed > available:
-        raise PmblkError(
-            f"the page table of {format_size(media.size)} takes {format_size(needed)}, and "
-            f"{format_size(available)} of memory are free",
-            hint='choose init = "lazy", compound = "2MiB" or memmap = "device"',
-        )
-    try:
-        return anonymous(structs)
-    except OSError as error:
-        raise PmblkError(
-            f"cannot map {format_size(needed)} for a page table: {error.strerror}",
-            hint='choose compound = "2MiB" or memmap = "device"',
-        ) from error
-
-
-def _reserved(media: Media, structs: int, *, eager: bool) -> Any:
-    """The reserve of the file, zeroed. Raises PmblkError when it is not to be had."""
-    needed = structs * STRUCT_BYTES
-    if not media.reserve_bytes:
-        raise PmblkError(
-            f"{media.path} is open without a reserve for a page table",
-            hint="set reserve = true for the namespace, and restart",
-        )
-    if media.reserve_user:
-        raise PmblkError(
-            "the reserve holds the page table that is in use",
-            hint="switch to another representation first",
-        )
-    if not media.stores_to_view or media.read_only:
-        raise PmblkError(
-            f"{media.path} cannot hold a page table: "
-            + ("it is read-only" if media.read_only else "its file system has no DAX"),
-            hint='choose memmap = "dram"',
-        )
-    try:
-        if media.punches:
-            media.punch(media.size, needed)
-        if eager or not media.punches:
-            media.reserve(media.size, needed)
-        if not media.punches:
-            media.reserve_view[:needed] = bytes(needed)
-    except OSError as error:
-        raise PmblkError(
-            f"cannot clear the reserve of {media.path}: {error.strerror}",
-            hint="make space on its file system",
-        ) from error
-    media.reserve_user = StructPageRepresentation.kind
-    return media.reserve_view[:needed]

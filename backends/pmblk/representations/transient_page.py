@@ -18,10 +18,12 @@ import numpy as np
 from pmblk import pages
 from pmblk.media import Media
 from pmblk.media.syscalls import resident_bytes
+from pmblk.page_runs import SCALAR_PAGES
 from pmblk.pages import PAGE_BYTES
 from pmblk.representations.base import Lease, Representation, RepresentationCounters, beyond
 from pmblk.representations.descriptors import BVEC_BYTES, bvecs
-from pmblk.representations.page_table import SCALAR_PAGES, STRUCT_BYTES, PageTable, anonymous
+from pmblk.representations.page_table import STRUCT_BYTES, PageTable
+from pmblk.representations.table_memory import for_structs
 
 POOL_PAGES_MIN = 256  # 1 MiB in flight
 
@@ -42,7 +44,7 @@ class TransientPageRepresentation(Representation):
     def __init__(self, media: Media, options: Options) -> None:
         super().__init__(media, options)
         self.io_bytes_max = options.pool_pages * PAGE_BYTES // 4  # others need structs too
-        self._memory = anonymous(options.pool_pages)
+        self._memory = for_structs(options.pool_pages)
         self._pool = PageTable(self._memory)
         self._free = list(range(options.pool_pages - 1, -1, -1))
         self._struct_of: dict[int, int] = {}  # page under I/O -> its struct
@@ -50,6 +52,7 @@ class TransientPageRepresentation(Representation):
         self._store = media.store
         self._pins = self._unpins = self._peak = self._structs_peak = 0
         self._holds = self._writes = self._waits = 0
+        self._filled = 0  # structs, so far
         self.has_windows = media.stores_to_view
 
     # ---- holding: structs taken and returned
@@ -106,6 +109,7 @@ class TransientPageRepresentation(Representation):
     def _fill(self, structs: list[int], first: int) -> None:
         """Make new structs the pages' own, with one reference each."""
         pool = self._pool
+        self._filled += len(structs)
         if len(structs) > SCALAR_PAGES:
             at = np.array(structs)
             pool.refcounts[at] = 1
@@ -124,6 +128,7 @@ class TransientPageRepresentation(Representation):
             struct = self._struct_of.get(page)
             if struct is None:
                 struct = self._struct_of[page] = self._free.pop()
+                self._filled += 1
                 self._pool.set_one(struct, index=page, refcount=1)
             else:
                 self._pool.pin(struct, 1)
@@ -180,9 +185,9 @@ class TransientPageRepresentation(Representation):
         return True
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        if not self.has_windows or self.has_poison or len(self._free) < length // PAGE_BYTES + 2:
+        if len(self._free) < length // PAGE_BYTES + 2:
             return None
-        return self._view[offset : offset + length]
+        return super().window(offset, length)
 
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
         self.media.stored(offset, length)
@@ -196,14 +201,19 @@ class TransientPageRepresentation(Representation):
 
     # ---- what it cost
 
-    def counters(self) -> RepresentationCounters:
+    def built(self) -> tuple[int, int]:
+        return self._pins, self._pins * BVEC_BYTES + self._filled * STRUCT_BYTES
+
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._memory)
+
+    def costs(self) -> RepresentationCounters:
         runs = self._holds + self._writes
-        built = self._pins
+        built, descriptor_bytes = self.built()
         return RepresentationCounters(
             descriptors_built=built,
-            descriptor_bytes=built * (STRUCT_BYTES + BVEC_BYTES),
+            descriptor_bytes=descriptor_bytes,
             metadata_bytes=self._pool.bytes,
-            metadata_resident_bytes=resident_bytes(self._memory),
             pins=self._pins,
             unpins=self._unpins,
             peak_pins=max(self._peak, self._pins - self._unpins),

@@ -1,4 +1,4 @@
-"""A file or block device that the daemon itself does I/O to, past the page cache (O_DIRECT).
+"""Where a namespace is saved to: a file or block device, written past the page cache (O_DIRECT).
 
 What is written goes from the caller's memory to the device with no copy between: a view of a
 mapped namespace is handed to the kernel as it is. So memory, offsets and lengths are whole blocks
@@ -7,6 +7,7 @@ of the device. The calls block; they are for worker threads.
 Source: open(2), O_DIRECT; pwritev(2).
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -18,12 +19,12 @@ from pmblk.errors import MediaError
 IOV_MAX = 1024
 
 
-class Member:
-    """Made by `open_member`. `size` is None for a file that is to be as long as what is written."""
+class Target:
+    """Made by `open_target`. A file is as long as what was written when it is finished."""
 
-    def __init__(self, path: Path, fd: int, *, size: int | None) -> None:
+    def __init__(self, path: Path, fd: int, *, is_file: bool) -> None:
         self.path = path
-        self.size = size
+        self.is_file = is_file
         self._fd = fd
 
     def write(self, offset: int, views: Sequence[memoryview]) -> None:
@@ -39,7 +40,7 @@ class Member:
 
     def finish(self, length: int) -> None:
         """The first `length` bytes are durable; a file is that long. Raises OSError."""
-        if self.size is None:
+        if self.is_file:
             os.ftruncate(self._fd, length)
         os.fsync(self._fd)
 
@@ -47,7 +48,7 @@ class Member:
         os.close(self._fd)
 
 
-def open_member(path: Path, *, needed_bytes: int) -> Member:
+def open_target(path: Path, *, needed_bytes: int) -> Target:
     """A block device of at least that size, or a file: a new one, or one that is emptied.
 
     Raises MediaError, having changed nothing, for what is in use: mounted, or somebody's media.
@@ -56,28 +57,34 @@ def open_member(path: Path, *, needed_bytes: int) -> Member:
     try:
         if path.is_block_device():
             fd = os.open(path, flags | os.O_EXCL)  # nobody has it mounted
-            return _sized(path, fd, needed_bytes)
-        fd = os.open(path, flags | os.O_CREAT, 0o600)
-        try:
-            # Media are locked by the daemon that serves them, and that may be us.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-        except OSError:
-            os.close(fd)
-            raise
-        return Member(path, fd, size=None)
+            return _large_enough(path, fd, needed_bytes)
+        return Target(path, _open_file(path, flags), is_file=True)
     except OSError as error:
         raise MediaError(f"cannot write to {path}: {error.strerror}", hint=_hint(error)) from error
 
 
-def _sized(path: Path, fd: int, needed_bytes: int) -> Member:
+def _open_file(path: Path, flags: int) -> int:
+    """Locked and empty. Media are locked by the daemon that serves them, and that may be us."""
+    is_new = not path.exists()
+    with contextlib.ExitStack() as undo:
+        if is_new:
+            undo.callback(path.unlink, missing_ok=True)
+        fd = os.open(path, flags | os.O_CREAT, 0o600)
+        undo.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        undo.pop_all()
+        return fd
+
+
+def _large_enough(path: Path, fd: int, needed_bytes: int) -> Target:
     size = os.lseek(fd, 0, os.SEEK_END)
     if size < needed_bytes:
         os.close(fd)
         raise MediaError(
             f"{path} has {size} bytes, and {needed_bytes} are needed", hint="choose a larger device"
         )
-    return Member(path, fd, size=size)
+    return Target(path, fd, is_file=False)
 
 
 def _hint(error: OSError) -> str:
