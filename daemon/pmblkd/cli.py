@@ -244,11 +244,22 @@ def detach(
     _print(report, views.detached(report), json=json)
 
 
-@app.command
+@app.command(
+    usage="Usage: pmblk compare [OPTIONS] CONFIG\n"
+    "       pmblk compare --from RESULTS [--output PATH]\n"
+)
 def compare(
-    config: ConfigFile,
+    config: ConfigFile | None = None,
     /,
     *,
+    from_: Annotated[
+        Path | None,
+        Parameter(
+            name="--from",
+            help="Measure nothing: draw the report again from this results.json of an earlier"
+            " comparison. Takes no CONFIG, and of the options --output alone.",
+        ),
+    ] = None,
     namespace: Annotated[
         str | None,
         Parameter(
@@ -302,6 +313,15 @@ def compare(
         variants=variants,
         output=output,
     )
+    if from_ is not None:
+        others = msgspec.structs.replace(wishes, output=command.Wishes().output)
+        if config is not None or overrides or others != command.Wishes():
+            raise PmblkError(
+                "--from measures nothing", hint="leave out CONFIG and every option but --output"
+            )
+        sys.exit(command.redraw(from_, output))
+    if config is None:
+        raise PmblkError("compare: no config to take a namespace from", hint=_see("compare"))
     sys.exit(command.compare(configuration.load(config, overrides or ()), wishes))
 
 
@@ -353,6 +373,10 @@ def _print(report: Report | Sequence[Report], view: str, *, json: bool) -> None:
     print(view)
 
 
+def _see(*command: str) -> str:
+    return f"see {' '.join(['pmblk', *command])} --help"
+
+
 def _commands() -> list[str]:
     return [name for name in app if not name.startswith("-")]
 
@@ -378,8 +402,7 @@ def main() -> None:
         word, *_ = error.unused_tokens or [""]
         _fail(f"no command {word}; {did_you_mean(word, _commands())}", 2)
     except cyclopts.CycloptsError as error:
-        command = " ".join(["pmblk", *(error.command_chain or ())])
-        _fail(f"{str(error).rstrip().rstrip('.')}; see {command} --help", 2)
+        _fail(f"{str(error).rstrip().rstrip('.')}; {_see(*error.command_chain or ())}", 2)
     except (PmblkError, BaseExceptionGroup) as error:
         reason = only_ours(error)
         if reason is None:

@@ -13,7 +13,7 @@ import pytest
 from pmblkd.compare.matrix import rows
 from pmblkd.compare.results import Results, load
 from tests.harness.daemon import PMBLK, scratch
-from tests.harness.file_systems import leftovers
+from tests.harness.file_systems import leftovers, run
 from tests.harness.html_page import Page
 
 pytestmark = pytest.mark.e2e
@@ -185,6 +185,16 @@ def test_the_markdown_has_the_tables(results: Results, world: World) -> None:
     for row in results.rows:
         assert text.count(f"| {row.title} | extent |") >= 2
     assert "| struct-page | 6.25 GiB | 1/64 (1.56 %) |" in text
+
+
+def test_the_report_can_be_drawn_again_without_a_config(results: Results, world: World) -> None:
+    with scratch() as directory:
+        run(
+            *(PMBLK, "compare", "--from", str(world.output / "results.json")),
+            *("--output", str(directory / "again")),
+        )
+        for name in ("report.html", "report.md"):
+            assert (directory / "again" / name).read_text() == (world.output / name).read_text()
 
 
 @pytest.mark.parametrize(

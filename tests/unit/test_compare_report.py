@@ -1,5 +1,6 @@
 """What is made of results: JSON and back, tables, sentences, Markdown, the page."""
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pmblk import PmblkError
 from pmblk.representations import KINDS
-from pmblkd.compare import figures, markdown, page
+from pmblkd.compare import command, figures, markdown, page
 from pmblkd.compare.matrix import ROWS
 from pmblkd.compare.results import Results, encode, load
 from pmblkd.compare.summary import glance, summary
@@ -37,6 +38,25 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_bytes(encode(results()))
     assert load(file) == results()
+
+
+def test_the_report_is_drawn_again_from_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = results()
+    file = tmp_path / "results.json"
+    file.write_bytes(encode(made))
+    assert command.redraw(file, tmp_path / "out") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.md"]
+    assert (tmp_path / "out/report.md").read_text() == markdown.report(made)
+    assert (tmp_path / "out/report.html").read_text() == page.report(made)
+    assert summary(made)[0] in capsys.readouterr().out
+
+
+def test_what_are_no_results_draws_no_report(tmp_path: Path) -> None:
+    with pytest.raises(PmblkError, match="cannot read"):
+        command.redraw(tmp_path / "missing.json", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
 
 
 def test_results_of_another_version_are_refused(tmp_path: Path) -> None:

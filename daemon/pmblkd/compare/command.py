@@ -24,7 +24,7 @@ from pmblkd.compare.interrupts import Interrupted, Interrupts
 from pmblkd.compare.machine import machine, program_version
 from pmblkd.compare.matrix import Row, rows
 from pmblkd.compare.progress import Progress, duration
-from pmblkd.compare.results import LargeFileFacts, Results, Setup, encode
+from pmblkd.compare.results import LargeFileFacts, Results, Setup, encode, load
 from pmblkd.compare.summary import summary
 from pmblkd.config import Config, NamespaceConfig
 from pmblkd.errors import WorkFailed, did_you_mean
@@ -102,10 +102,23 @@ def compare(config: Config, wishes: Wishes) -> int:
                 raise
             print("interrupted: stopped half way, and tidied up", file=sys.stderr)
             return 128 + interrupts.number
+    _tell(results, f"{wishes.output}/report.html, report.md, results.json")
+    return 0
+
+
+def redraw(file: Path, output: Path) -> int:
+    """The report of an earlier comparison, from its results; the exit status. Raises PmblkError."""
+    results = load(file)
+    with _output_directory(output) as directory:
+        _draw(directory, results)
+    _tell(results, f"{output}/report.html, report.md")
+    return 0
+
+
+def _tell(results: Results, files: str) -> None:
     for sentence in summary(results):
         print(f"- {sentence}")
-    print(f"\n{wishes.output}/report.html, report.md, results.json")
-    return 0
+    print(f"\n{files}")
 
 
 # ---- before it begins
@@ -310,9 +323,21 @@ def _file_system(directory: Path) -> str:
 
 
 def _write(directory: Path, results: Results) -> None:
+    """The results first: from them the report can be drawn again."""
     try:
         (directory / "results.json").write_bytes(encode(results))
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    _draw(directory, results)
+
+
+def _draw(directory: Path, results: Results) -> None:
+    try:
         (directory / "report.md").write_text(markdown.report(results))
         (directory / "report.html").write_text(page.report(results))
     except OSError as error:
-        raise WorkFailed(f"cannot write to {directory}: {error.strerror}") from error
+        raise _cannot_write(directory, error) from error
+
+
+def _cannot_write(directory: Path, error: OSError) -> WorkFailed:
+    return WorkFailed(f"cannot write to {directory}: {error.strerror}")
