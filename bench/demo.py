@@ -12,12 +12,10 @@ import contextlib
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +24,7 @@ from rich.text import Text
 from bench.demo_steps import CheckFailed, Demo, Outcome
 from pmblk import PmblkError
 from pmblkd.compare import fio
+from pmblkd.compare.interrupts import Interrupted, Interrupts
 from tests.harness import file_systems
 from tests.harness.daemon import scratch
 
@@ -48,7 +47,7 @@ def main() -> int:
     report = Report()
     report.introduce()
     try:
-        _run(arguments.seconds, report, Interrupts())
+        _run(arguments.seconds, report, StrikingInterrupts())
     except Interrupted as interrupted:
         report.say(f"\n{interrupted}: stopped half way, and tidied up.")
         return 128 + interrupted.number
@@ -59,7 +58,7 @@ def main() -> int:
     return 0
 
 
-def _run(seconds: float, report: "Report", interrupts: "Interrupts") -> None:
+def _run(seconds: float, report: "Report", interrupts: "StrikingInterrupts") -> None:
     """All steps. Raises Interrupted, or the failure that was reported."""
     directory = Path()
     with interrupts.installed():
@@ -72,7 +71,9 @@ def _run(seconds: float, report: "Report", interrupts: "Interrupts") -> None:
                 raise CheckFailed
 
 
-def _do_all(demo: Demo, report: "Report", interrupts: "Interrupts", directory: Path) -> None:
+def _do_all(
+    demo: Demo, report: "Report", interrupts: "StrikingInterrupts", directory: Path
+) -> None:
     report.say(f"Everything is in {directory} and goes away with it.\n")
     steps = demo.steps()
     for number, step in enumerate(steps, 1):
@@ -125,45 +126,28 @@ def _lacking() -> str:
 # ---- signals
 
 
-class Interrupted(Exception):
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+class StrikingInterrupts(Interrupts):
+    """They strike, too: in what `allowing` made interruptible, or when the next such work begins.
 
-
-class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP wait until stopping leaves nothing half made.
-
-    They are raised in what `allowing` made interruptible, or when the next such work begins. While
-    things are unmade nobody allows them, so that a second ^C does not spoil it.
+    A step waits for programs that look for no signal. While things are unmade nobody allows them,
+    so that a second ^C does not spoil it.
     """
 
     def __init__(self) -> None:
-        self._number = 0
+        super().__init__()
         self._is_allowed = False
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._arrived) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _arrived(self, number: int, _frame: Any) -> None:
-        self._number = self._number or number
+    def arrived(self, number: int) -> None:
+        super().arrived(number)
         if self._is_allowed:
             self._is_allowed = False
-            raise Interrupted(self._number)
+            self.check()
 
     def allowing(self, work: Callable[[], Outcome]) -> Callable[[], Outcome]:
         def interruptible() -> Outcome:
             self._is_allowed = True
             try:
-                if self._number:
-                    raise Interrupted(self._number)
+                self.check()
                 return work()
             finally:
                 self._is_allowed = False

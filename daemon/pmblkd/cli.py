@@ -246,7 +246,7 @@ def detach(
 
 @app.command(
     usage="Usage: pmblk compare [OPTIONS] CONFIG\n"
-    "       pmblk compare --from RESULTS [--output PATH]\n"
+    "       pmblk compare --from RESULTS [--output PATH]"
 )
 def compare(
     config: ConfigFile | None = None,

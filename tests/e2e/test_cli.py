@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pmblk.representations import KINDS
-from tests.e2e.test_cli_configs import GOOD, SECONDS, complaint, everything_in, pmblk, refusal
+from tests.e2e.test_cli_configs import GOOD, everything_in, refusal
+from tests.harness.command_line import SECONDS, answer, ask, complaint, pmblk
 from tests.harness.daemon import PMBLK, Daemon, running, scratch
 from tests.harness.file_systems import attached, make, mounted, run
 
@@ -54,23 +55,6 @@ listen = ["unix:{dir}/nbd.sock"]
 def daemon() -> Iterator[Daemon]:
     with running(SERVED) as one:
         yield one
-
-
-def ask(daemon: Daemon, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        daemon.command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-def answer(daemon: Daemon, *arguments: str, **environment: str) -> str:
-    done = ask(daemon, *arguments, **environment)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    return done.stdout
 
 
 # ---- configs that are good

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.daemon import PMBLK, scratch
+from tests.harness.command_line import complaint, pmblk
+from tests.harness.daemon import scratch
 from tests.harness.file_systems import run
 
 pytestmark = pytest.mark.e2e
 
-SECONDS = 20
 MIB = 1 << 20
 GOOD = """
 [[namespace]]
@@ -40,20 +40,6 @@ mountpoint = "{dir}/mnt"
 [control]
 socket = "{dir}/control.sock"
 """
-
-
-def pmblk(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [PMBLK, *arguments], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-
-
-def complaint(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line of a command that was refused."""
-    assert (done.returncode, done.stdout) == (2, ""), done
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("pmblk: ")
-    return line.removeprefix("pmblk: ")
 
 
 def refusal(*arguments: str, at_once: bool = True) -> str:

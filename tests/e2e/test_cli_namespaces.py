@@ -1,18 +1,16 @@
 """The commands about one namespace: stats, switch, describe, poison; what they print and refuse."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.nbd_raw import connected
-from tests.e2e.test_cli_configs import complaint
+from tests.harness.command_line import SECONDS, answer, ask, complaint
 from tests.harness.daemon import Daemon, running
 
 pytestmark = pytest.mark.e2e
 
-SECONDS = 20
 COLUMNS = 80
 SERVED = """
 [[namespace]]
@@ -35,22 +33,15 @@ def daemon() -> Iterator[Daemon]:
         yield one
 
 
-def ask(daemon: Daemon, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        daemon.command(*arguments), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-
-
-def answer(daemon: Daemon, *arguments: str) -> str:
+def view_of(daemon: Daemon, *arguments: str) -> str:
     """What people read: it fits a terminal."""
-    done = ask(daemon, *arguments)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    assert all(len(line) <= COLUMNS for line in done.stdout.splitlines()), done.stdout
-    return done.stdout
+    view = answer(daemon, *arguments)
+    assert all(len(line) <= COLUMNS for line in view.splitlines()), view
+    return view
 
 
 def test_stats_count_what_clients_did(daemon: Daemon) -> None:
-    lines = answer(daemon, "stats", "data").splitlines()
+    lines = view_of(daemon, "stats", "data").splitlines()
     assert lines[0] == "data: extent"
     assert ["writes", "1", "1", "MiB"] in [line.split() for line in lines]
     counted = json.loads(ask(daemon, "stats", "data", "--json").stdout)
@@ -59,7 +50,7 @@ def test_stats_count_what_clients_did(daemon: Daemon) -> None:
 
 
 def test_a_switch_says_what_took_over_and_how_long_clients_waited(daemon: Daemon) -> None:
-    line = answer(daemon, "switch", "data", "page-cache", "--option", "arena=1MiB")
+    line = view_of(daemon, "switch", "data", "page-cache", "--option", "arena=1MiB")
     assert line.startswith("data: extent -> page-cache (arena 1MiB), built in ")
     assert " ms, paused " in line
     report = json.loads(ask(daemon, "switch", "data", "extent", "--json").stdout)
@@ -70,8 +61,8 @@ def test_a_switch_says_what_took_over_and_how_long_clients_waited(daemon: Daemon
 
 def test_numbers_among_the_options_may_be_text(daemon: Daemon) -> None:
     arguments = ("switch", "data", "extent", "--option", "fragments=16")
-    assert "extent (fragments 16)" in answer(daemon, *arguments)
-    answer(daemon, "switch", "data", "extent")
+    assert "extent (fragments 16)" in view_of(daemon, *arguments)
+    view_of(daemon, "switch", "data", "extent")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +102,7 @@ def test_a_switch_that_fails_at_work_has_another_exit_status(daemon: Daemon) -> 
 
 
 def test_a_description_shows_the_bytes_that_a_controller_would_read(daemon: Daemon) -> None:
-    view = answer(daemon, "describe", "data", "--offset", "4KiB", "--length", "64KiB")
+    view = view_of(daemon, "describe", "data", "--offset", "4KiB", "--length", "64KiB")
     assert "64 KiB at 4096" in view
     assert "PRP           16 entries, 1 list page" in view
     assert "... 8 more" in view
@@ -133,20 +124,20 @@ def test_a_description_shows_the_bytes_that_a_controller_would_read(daemon: Daem
 
 
 def test_a_hole_has_nothing_to_describe(daemon: Daemon) -> None:
-    view = answer(daemon, "describe", "data", "--offset", "32MiB")
+    view = view_of(daemon, "describe", "data", "--offset", "32MiB")
     assert "PRP           none: the range has no memory: it is a hole" in view
 
 
 def test_poisoned_pages_fail_until_they_are_written_as_a_whole(daemon: Daemon) -> None:
-    line = answer(daemon, "poison", "data", "--offset", "40MiB", "--length", "1")
+    line = view_of(daemon, "poison", "data", "--offset", "40MiB", "--length", "1")
     assert line == (
         "data: 4 KiB at 41943040 are bad now;\n"
         "each page is bad until it is written, zeroed or discarded as a whole\n"
     )
     with connected(daemon.directory / "nbd.sock") as client:
         assert client.ask(0, 40 << 20, 1).error == 5
-        assert "poisoned" in answer(daemon, "stats", "data")
+        assert "poisoned" in view_of(daemon, "stats", "data")
         assert "poisoned" in complaint(ask(daemon, "describe", "data", "--offset", "40MiB"))
         assert client.write(40 << 20, bytes(4096)) == 0
         assert client.read(40 << 20, 4096) == bytes(4096)
-    assert "poisoned" not in answer(daemon, "stats", "data")
+    assert "poisoned" not in view_of(daemon, "stats", "data")

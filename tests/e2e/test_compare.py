@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from pmblkd.compare.matrix import rows
 from pmblkd.compare.results import Results, load
+from tests.harness.command_line import daemon_in, interrupt, output_of, started
 from tests.harness.daemon import PMBLK, scratch
 from tests.harness.file_systems import leftovers, run
 from tests.harness.html_page import Page
@@ -57,30 +57,9 @@ class World:
     def compare(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
         usual = {"--namespace": "precious", "--size": "64MiB", "--output": str(self.output)}
         others = [word for pair in usual.items() if pair[0] not in arguments for word in pair]
-        with subprocess.Popen(
-            [PMBLK, "compare", str(self.config), *others, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "TMPDIR": str(self.temporary), "COLUMNS": "80"},
-        ) as process:
-            # SIGTERM, not SIGKILL: what it made goes away with it.
-            limit = threading.Timer(SECONDS, process.terminate)
-            limit.start()
-            try:
-                yield process
-            finally:
-                limit.cancel()
-                process.terminate()
-
-    def daemon(self) -> int:
-        """The comparison's own, by /proc."""
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = path.read_bytes().decode(errors="replace").split("\0")
-                if "serve" in words and any(str(self.temporary) in word for word in words):
-                    return int(path.parent.name)
-        raise AssertionError("the comparison has no daemon")
+        command = [PMBLK, "compare", str(self.config), *others, *arguments]
+        with started(command, seconds=SECONDS, TMPDIR=str(self.temporary)) as process:
+            yield process
 
     def check_nothing_is_left(self) -> None:
         assert os.listdir(self.media) == ["precious.img"]
@@ -211,14 +190,7 @@ def test_an_interrupted_comparison_leaves_nothing_behind(
         world = World(directory)
         only = ["--only", "pfn", "--only", "extent", "--seconds", "0.3"]
         with world.compare(*only) as process:
-            assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if moment in line:
-                    process.send_signal(number)
-                    process.send_signal(number)  # impatience does not spoil it
-            process.wait()
+            lines = output_of(process, moment, lambda _: interrupt(process, number))
         assert process.returncode == 128 + number, lines
         assert "interrupted: stopped half way, and tidied up\n" in lines
         assert not world.output.exists()
@@ -229,13 +201,11 @@ def test_a_comparison_whose_daemon_dies_says_so_and_leaves_nothing_behind() -> N
     with scratch() as directory:
         world = World(directory)
         with world.compare("--only", "extent", "--rows", "loop", "--seconds", "0.3") as process:
-            assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if "round 1: extent" in line:
-                    os.kill(world.daemon(), signal.SIGKILL)
-            process.wait()
+            lines = output_of(
+                process,
+                "round 1: extent",
+                lambda _: os.kill(daemon_in(world.temporary), signal.SIGKILL),
+            )
         assert process.returncode == 1, lines
         assert "pmblk: the daemon of the comparison ended" in lines[-1]
         assert not world.output.exists()

@@ -1,17 +1,16 @@
 """`make demo`: it passes, a person can read it, and it leaves nothing behind however it ends."""
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from tests.harness.command_line import daemon_in, interrupt, output_of, started
 from tests.harness.file_systems import leftovers
 
 pytestmark = pytest.mark.e2e
@@ -22,24 +21,9 @@ SCRATCH = re.compile(r"^Everything is in (\S+) and", re.MULTILINE)
 DEVICE = re.compile(r"pmblk attach demo: /dev/(loop\d+)")
 
 
-@contextlib.contextmanager
-def demo(*, seconds: float) -> Iterator["subprocess.Popen[str]"]:
-    with subprocess.Popen(
-        [sys.executable, "-m", "bench.demo", "--seconds", str(seconds)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-    ) as process:
-        # SIGTERM, not SIGKILL: what it made goes away with it.
-        limit = threading.Timer(SECONDS, process.terminate)
-        limit.start()
-        try:
-            yield process
-        finally:
-            limit.cancel()
-            process.terminate()
+def demo(*, seconds: float) -> AbstractContextManager["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", "bench.demo", "--seconds", str(seconds)]
+    return started(command, seconds=SECONDS, cwd=ROOT)
 
 
 def check_nothing_is_left(output: str) -> None:
@@ -81,14 +65,7 @@ def test_the_demo_passes_every_check_and_shows_what_it_measured() -> None:
 )
 def test_an_interrupted_demo_leaves_nothing_behind(moment: str, number: signal.Signals) -> None:
     with demo(seconds=0.3) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if moment in line:
-                process.send_signal(number)
-                process.send_signal(number)  # impatience does not spoil it
-        process.wait()
+        lines = output_of(process, moment, lambda _: interrupt(process, number))
     output = "".join(lines)
     assert process.returncode == 128 + number, output
     assert f"{number.name}: stopped half way, and tidied up." in output
@@ -97,13 +74,9 @@ def test_an_interrupted_demo_leaves_nothing_behind(moment: str, number: signal.S
 
 def test_the_demo_fails_when_its_daemon_dies() -> None:
     with demo(seconds=0.3) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "ext4  mount  " in line:
-                os.kill(_daemon_of("".join(lines)), signal.SIGKILL)
-        process.wait()
+        lines = output_of(
+            process, "ext4  mount  ", lambda said: os.kill(_daemon_of(said), signal.SIGKILL)
+        )
     output = "".join(lines)
     assert process.returncode == 1, output
     assert "FAILED" in output
@@ -113,12 +86,6 @@ def test_the_demo_fails_when_its_daemon_dies() -> None:
 
 
 def _daemon_of(output: str) -> int:
-    """The process with the demo's scratch directory in its command line, by /proc."""
     scratch = SCRATCH.search(output)
     assert scratch is not None
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if "serve" in words and any(scratch[1] in word for word in words):
-                return int(path.parent.name)
-    raise AssertionError("the demo has no daemon")
+    return daemon_in(Path(scratch[1]))

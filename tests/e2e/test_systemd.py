@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_cli_configs import complaint
+from tests.harness.command_line import complaint
 from tests.harness.daemon import PMBLK, scratch
 from tests.harness.file_systems import run
 

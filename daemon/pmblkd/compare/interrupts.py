@@ -26,14 +26,18 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._arrived) for number in _NUMBERS}
+        def handle(number: int, _frame: Any) -> None:
+            self.arrived(number)
+
+        before = {number: signal.signal(number, handle) for number in _NUMBERS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _arrived(self, number: int, _frame: Any) -> None:
+    def arrived(self, number: int) -> None:
+        """The first that comes is the one that counts."""
         self.number = self.number or number
 
     def check(self) -> None:
