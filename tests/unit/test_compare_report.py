@@ -270,3 +270,13 @@ def test_figures_of_nothing_are_no_error() -> None:
         for one in made.samples
     ]
     Page(page.report(msgspec.structs.replace(made, samples=idle)))
+
+
+@pytest.mark.parametrize(
+    ("durability", "said"),
+    [("memory", "a cost with no gain"), ("file", "a cost with no gain"), ("pmem", "save it at")],
+)
+def test_what_dirty_marks_are_good_for_depends_on_the_media(durability: str, said: str) -> None:
+    text = markdown.report(results(durability=durability))
+    assert said in text
+    assert "Since Linux 5.1" in text
