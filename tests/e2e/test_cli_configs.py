@@ -243,7 +243,9 @@ BAD: dict[str, Bad] = {
         "representation.arena",
         "known are fragments",
     ),
-    "an arena that is too small": below_one(ARENA % 'arena = "4KiB"', "representation", "1MiB"),
+    "an arena that is too small": below_one(
+        ARENA % 'arena = "4KiB"', "representation.arena", "1MiB"
+    ),
     "an arena that is a truth": below_one(
         ARENA % "arena = true", "representation.arena", "got bool; found True"
     ),
