@@ -46,8 +46,8 @@ class Answers:
     async def _stats(self, question: NamespaceQuestion) -> StatsReport:
         namespace = self._find(question.name)
         representation = namespace.representation
+        costs = representation.costs()  # before the thread: afterwards another one may serve
         resident = await trio.to_thread.run_sync(representation.resident_bytes)
-        costs = representation.costs()
         costs.metadata_resident_bytes = resident
         return StatsReport(
             name=namespace.name,
