@@ -203,13 +203,13 @@ class Completer:
         spent = 0
         for offset, length in representation.dirty_extents():
             for start, piece in slices(offset, length, slice_bytes=INLINE_BYTES):
-                if self._representation is not representation:
-                    return  # exchanged since, and `quiesced` has persisted all of it
                 representation.write_back(start, piece)
                 spent += piece + PIECE_COST_BYTES
                 if spent >= INLINE_BYTES:  # the others get their turn
                     await trio.lowlevel.checkpoint()
                     spent = 0
+                    if self._representation is not representation:
+                        return  # exchanged since, and `quiesced` has persisted all of it
         await self._dispatcher.sync()
 
 

@@ -361,7 +361,7 @@ async def test_a_flush_under_way_ends_when_the_representation_is_exchanged(
     """Its extents are those of the old size; whoever exchanged it has made all of them durable."""
     namespace = make_namespace(64 << 20, kind="pfn")
     for part in range(16):
-        assert not namespace.execute([write(part << 22, b"x")])
+        assert not namespace.execute([write(part << 22, b"x" * (4 << 20))])
     old = namespace.representation
     written_back: list[int] = []
 
@@ -377,6 +377,29 @@ async def test_a_flush_under_way_ends_when_the_representation_is_exchanged(
 
 
 # ---- a range on its way out
+
+
+async def test_a_flush_that_is_overtaken_by_an_exchange_ends_well(
+    make_namespace: MakeNamespace,
+) -> None:
+    """It resumes over a representation that is closed; the order of the two is trio's."""
+    namespace = make_namespace(4 << 20, kind="struct-page")
+
+    async def exchange() -> None:
+        new = make("struct-page", namespace.media, parse_options("struct-page"))
+        async with namespace.quiesced():
+            old = namespace.representation
+            namespace.install(new)
+        old.close()
+        del old
+
+    for _ in range(12):
+        pages = [write(page * PAGE, b"x" * PAGE) for page in range(0, 1024, 2)]
+        assert not namespace.execute(pages)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exchange)
+            nursery.start_soon(namespace.flush)
+    assert not namespace.representation.dirty()
 
 
 def test_a_range_on_its_way_out_cannot_be_poisoned(make_namespace: MakeNamespace) -> None:

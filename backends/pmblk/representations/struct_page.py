@@ -275,7 +275,6 @@ class StructPageRepresentation(Representation):
 
     def close(self) -> None:
         super().close()
-        del self._table, self._memory
         if self._on_device:
             self.media.reserve_user = ""
 
