@@ -5,7 +5,7 @@ the representation or of the size everything.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import trio
@@ -13,7 +13,7 @@ import trio
 from pmblk.ranges import overlap
 
 
-class _Fence(NamedTuple):
+class Fence(NamedTuple):
     offset: int
     length: int
     lifted: trio.Event
@@ -23,7 +23,7 @@ class Fences:
     """False when there is none, which is nearly always: the path of an I/O asks only that."""
 
     def __init__(self) -> None:
-        self._fences: list[_Fence] = []
+        self._fences: list[Fence] = []
 
     def __bool__(self) -> bool:
         return bool(self._fences)
@@ -37,16 +37,18 @@ class Fences:
             await fence.lifted.wait()
 
     @contextlib.contextmanager
-    def around(self, offset: int, length: int) -> Iterator[None]:
-        fence = _Fence(offset, length, trio.Event())
+    def around(self, offset: int, length: int) -> Iterator[Sequence[Fence]]:
+        """A fence; yields those that were there before it and overlap it."""
+        fence = Fence(offset, length, trio.Event())
+        older = [one for one in self._fences if overlap(offset, length, one.offset, one.length)]
         self._fences.append(fence)
         try:
-            yield
+            yield older
         finally:
             self._fences.remove(fence)
             fence.lifted.set()
 
-    def _first(self, offset: int, length: int) -> _Fence | None:
+    def _first(self, offset: int, length: int) -> Fence | None:
         for fence in self._fences:
             if overlap(offset, length, fence.offset, fence.length):
                 return fence

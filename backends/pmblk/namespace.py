@@ -224,18 +224,17 @@ class Namespace:
         Clients wait meanwhile. Raises PmblkError, with everything as it was, when a client does not
         take its replies in `QUIESCE_SECONDS` or the media cannot be synced.
         """
-        fences = self._dispatcher.fences
-        deadline = trio.current_time() + QUIESCE_SECONDS
-        with trio.CancelScope(deadline=deadline) as limit:
-            await fences.lifted(0, _EVERYTHING)
-        if limit.cancelled_caught:
-            raise PmblkError(
-                f"{self.name}: a discard is under way since {QUIESCE_SECONDS} s", hint="try again"
-            )
-        with fences.around(0, _EVERYTHING):
-            with trio.CancelScope(deadline=deadline):
+        with self._dispatcher.fences.around(0, _EVERYTHING) as older:
+            with trio.move_on_after(QUIESCE_SECONDS):
+                for fence in older:
+                    await fence.lifted.wait()
                 while self.representation.leases:
                     await self._completer.lease_released()
+            if not all(fence.lifted.is_set() for fence in older):
+                raise PmblkError(
+                    f"{self.name}: a discard is under way since {QUIESCE_SECONDS} s",
+                    hint="try again",
+                )
             if self.representation.leases:
                 raise PmblkError(
                     f"{self.name}: {self.representation.leases} reads are not taken by their "

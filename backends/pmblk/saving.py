@@ -17,7 +17,6 @@ from pmblk.errors import PmblkError
 from pmblk.media.target import Target
 from pmblk.namespace import Namespace
 from pmblk.nvme.command import READ, Command, Hole, Segment
-from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import slices
 
 PIECE_BYTES = 1 << 20
@@ -35,28 +34,32 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def save(namespace: Namespace, target: Target) -> Saved:
-    """All of the namespace to the start of `target`, durably. Raises PmblkError.
+    """All of the namespace, as large as it is now, to the start of `target`, durably.
 
-    Holes are skipped where the target is a file that was empty, and written as zeroes else.
+    Holes are skipped in a file, which is empty at first, and written as zeroes to a device. Raises
+    PmblkError, and then `target` is not finished. When it is cancelled, a write that is under way
+    is left to itself: the process is about to end.
     """
     begun = trio.current_time()
-    copied = namespace.representation.costs().bytes_copied
-    holes = 0
-    limit = namespace.representation.io_bytes_max or PIECE_BYTES
-    piece_bytes = min(PIECE_BYTES, limit & -PAGE_BYTES)
+    size = namespace.size
+    holes = copied = 0
     try:
-        for offset, length in slices(0, namespace.size, slice_bytes=piece_bytes):
+        for offset, length in slices(0, size, slice_bytes=PIECE_BYTES):
+            representation = namespace.representation
+            before = representation.costs().bytes_copied
             holes += await _save_piece(namespace, target, offset, length)
-        await trio.to_thread.run_sync(target.finish, namespace.size)
+            if namespace.representation is representation:
+                copied += representation.costs().bytes_copied - before
+        await trio.to_thread.run_sync(target.finish, size, abandon_on_cancel=True)
     except OSError as error:
         raise PmblkError(
             f"{namespace.name} is not saved: {target.path}: {error.strerror}",
             hint=_hint(error),
         ) from error
     return Saved(
-        written_bytes=namespace.size - (holes if target.is_file else 0),
+        written_bytes=size - (holes if target.is_file else 0),
         hole_bytes=holes,
-        copied_bytes=namespace.representation.costs().bytes_copied - copied,
+        copied_bytes=copied,
         seconds=trio.current_time() - begun,
     )
 
@@ -75,7 +78,7 @@ async def _save_piece(namespace: Namespace, target: Target, offset: int, length:
                 hint="write, zero or discard what is poisoned there",
             )
         segments = read.segments or ()
-        await trio.to_thread.run_sync(_write, target, offset, segments)
+        await trio.to_thread.run_sync(_write, target, offset, segments, abandon_on_cancel=True)
     finally:
         namespace.release((read,))
     return sum(segment.length for segment in segments if isinstance(segment, Hole))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import trio
 
 from pmblk.dispatcher import Dispatcher
+from pmblk.media.syscalls import anonymous
 from pmblk.nvme.command import (
     DATASET_MANAGEMENT,
     FLUSH,
@@ -123,7 +124,8 @@ class Completer:
         """More than the representation can hold at once: through a buffer of the command's own."""
         reading = command.opcode == READ
         position, end = command.offset + command.received, command.offset + command.length
-        buffer = bytearray(end - position) if reading else command.payload
+        # Page aligned: whoever reads may go on to a device with it (O_DIRECT).
+        buffer = anonymous(end - position) if reading else command.payload
         assert buffer is not None
         view = rest = memoryview(buffer)
         while rest:

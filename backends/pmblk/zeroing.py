@@ -27,8 +27,8 @@ def clear(
         return
     start, end = _zero_edges(media, representation, offset, length)
     if start < end:
-        representation.forget(start, end - start)
         media.punch(start, end - start)
+        representation.forget(start, end - start)  # not before: a refused punch loses nothing
 
 
 async def clear_in_slices(
@@ -45,8 +45,14 @@ async def clear_in_slices(
         return
     start, end = _zero_edges(media, representation, offset, length)
     for position, piece in slices(start, end - start, slice_bytes=SLICE_BYTES):
-        representation.forget(position, piece)
+        # While the thread works nothing may be stored there, so nothing may be left to write back;
+        # and when it never starts, since its client is gone, nothing may be lost.
+        for place, part in slices(position, piece, slice_bytes=INLINE_BYTES):
+            if representation.dirty():
+                representation.write_back(place, part)
+                await trio.lowlevel.checkpoint()
         await trio.to_thread.run_sync(media.punch, position, piece)
+        representation.forget(position, piece)
 
 
 def _page_slices(offset: int, length: int) -> Iterator[tuple[int, int]]:

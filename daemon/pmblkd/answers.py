@@ -10,9 +10,9 @@ import msgspec
 import trio
 
 from pmblk import Namespace, PmblkError, description, saving, switching
-from pmblk.media.target import open_target
+from pmblk.media.target import Target, open_target
 from pmblk.pages import PAGE_BYTES, span
-from pmblkd import report_of
+from pmblkd import loop, report_of
 from pmblkd.config import parse_representation
 from pmblkd.control import Handler
 from pmblkd.errors import RepresentationError, WorkFailed
@@ -27,12 +27,16 @@ from pmblkd.reports import (
     SwitchReport,
 )
 
+CLOSE_SECONDS = 5  # then the device has it
 DESCRIBE_BYTES_MAX = PAYLOAD_BYTES_MAX  # the longest I/O that a client can ask for
 
 
 class Answers:
-    def __init__(self, registry: Registry) -> None:
+    """`mountpoint` is where the files of the daemon are, if anywhere."""
+
+    def __init__(self, registry: Registry, *, mountpoint: Path | None = None) -> None:
         self._registry = registry
+        self._mountpoint = mountpoint
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -92,17 +96,27 @@ class Answers:
         with self._registry.named(question.name).used() as namespace:
             # In a thread: the target may lie on our own mount, which this loop serves.
             opened = partial(open_target, needed_bytes=namespace.size)
-            target = await trio.to_thread.run_sync(opened, Path(question.target))
+            target = await trio.to_thread.run_sync(
+                opened, Path(question.target), abandon_on_cancel=True
+            )
             try:
+                self._refuse_ourselves(target)
                 saved = await saving.save(namespace, target)
             except PmblkError as error:
                 raise WorkFailed(error.message, hint=error.hint) from error
             finally:
-                with trio.CancelScope(shield=True):  # a close that is lost is a descriptor lost
-                    await trio.to_thread.run_sync(target.close)
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await trio.to_thread.run_sync(target.close, abandon_on_cancel=True)
         return SaveReport(
             name=question.name, target=question.target, **msgspec.structs.asdict(saved)
         )
+
+    def _refuse_ourselves(self, target: Target) -> None:
+        """A device of our own would have us wait for ourselves."""
+        if self._mountpoint is not None and loop.is_on(target.device, self._mountpoint):
+            raise PmblkError(
+                f"{target.path} is served by this very daemon", hint="choose another target"
+            )
 
     def _find(self, name: str) -> Namespace:
         return self._registry.named(name).namespace

@@ -72,6 +72,19 @@ def devices_on(is_ours: Callable[[Path], bool]) -> list[Path]:
     return found
 
 
+def is_on(number: int, mountpoint: Path) -> bool:
+    """Whether a block device, by its number, is a loop device on a file below the mountpoint.
+
+    One of its partitions is, too. What is stacked on top of such devices is not found out.
+    """
+    entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for place in (entry, entry.resolve().parent):
+        with contextlib.suppress(OSError):
+            backing = Path((place / "loop/backing_file").read_text().rstrip("\n"))
+            return backing.is_relative_to(mountpoint)
+    return False
+
+
 def attach(file: Path, *, block_bytes: int, read_only: bool, discards: bool) -> Path:
     """A new loop device on `file`, with direct I/O; discard is off unless the file can do it."""
     device = _add()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
-from pmblkd import mounts
+from pmblkd import loop, mounts
 from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
@@ -59,6 +59,17 @@ def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) ->
                 hint="give each namespace a file of its own",
             )
         _check_media(file, place, namespace)
+        if config.fuse is not None and _is_served_by_us(namespace.file, config.fuse.mountpoint):
+            raise ConfigError(
+                file,
+                f"{place}.path",
+                f"{namespace.path} lies on a file system of this very daemon",
+                hint="it could never be stopped; put the file elsewhere",
+            )
+
+
+def _is_served_by_us(path: Path, mountpoint: str) -> bool:
+    return loop.is_on(path.parent.stat().st_dev, Path(mountpoint))
 
 
 def _check_sockets(file: Path, config: Config, listening: Collection[Address]) -> None:

@@ -62,7 +62,9 @@ class Reloader:
         async with self._one_at_a_time:
             leaving = [served.config for served in self._registry if served.draining]
             # In threads: a path may lie on a file system that asks this very event loop.
-            new = await trio.to_thread.run_sync(config.load, self._file, self._overrides)
+            new = await trio.to_thread.run_sync(
+                config.load, self._file, self._overrides, abandon_on_cancel=True
+            )
             files = {served.name: served.config.file for served in self._registry}
             listening = self._nbd.addresses if self._nbd is not None else []
             await trio.to_thread.run_sync(

@@ -120,10 +120,12 @@ class Service:
             yield control
 
     def _open_control(self, undo: contextlib.ExitStack) -> ControlServer:
+        fuse = self._config.fuse
+        mountpoint = None if fuse is None else Path(fuse.mountpoint)
         handlers = {
             "list": Handler(Question, self._list),
             "reload": Handler(Question, self._reload_asked),
-            **Answers(self._registry).handlers(),
+            **Answers(self._registry, mountpoint=mountpoint).handlers(),
         }
         control = ControlServer(Path(self._config.control.socket), handlers)
         control.bind()
@@ -163,6 +165,7 @@ class Service:
     async def _run_fuse(self, fuse: Pyfuse3Engine) -> None:
         await fuse.run()
         self._fuse = None
+        self._files.disconnected()
         if not self._stopping:
             _log.warning("unmounted from outside: no files any more")
 

@@ -139,10 +139,10 @@ def test_the_daemon_writes_to_a_device_straight_from_the_mapping(kind: str) -> N
 
 
 def test_what_is_served_is_no_target() -> None:
-    """Neither the file of another namespace, nor its media."""
-    with served('"extent"') as (daemon, _):
-        for target in (daemon.directory / "mnt/dax", daemon.directory / "dax.img"):
-            with pytest.raises(AssertionError, match=r"cannot write to|is not saved"):
+    """Neither the file of another namespace, nor its media, nor a device of the daemon's own."""
+    with served('"extent"') as (daemon, device):
+        for target in (daemon.directory / "mnt/dax", daemon.directory / "dax.img", device):
+            with pytest.raises(AssertionError, match=r"cannot write to|this very daemon"):
                 program(*daemon.command("save", "device", str(target)), seconds=20)
         assert not any(read_over_nbd(daemon, "dax"))
 

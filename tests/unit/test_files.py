@@ -121,3 +121,12 @@ async def test_every_lease_is_given_back(
     await files.write(2, 0, b"x" * 4096)
     await files.read(2, 0, 8192)
     assert files._namespace(2).representation.leases == 0
+
+
+def test_when_the_mount_is_gone_nobody_has_a_file_open(files: Files) -> None:
+    for inode in (2, 2, 3):
+        files.open(inode, os.O_RDONLY)
+    files.release(2)
+    files.disconnected()
+    assert files.users == 0
+    assert [served.users for served in files._registry] == [0, 0]

@@ -4,6 +4,7 @@
 is the race that `tests/e2e/test_pfn_race.py` shows.
 """
 
+import errno
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import trio.testing
 
 from pmblk import Command, Namespace
 from pmblk.nvme.command import ALLOCATE, READ, WRITE_ZEROES
+from pmblk.nvme.status import Status
 from tests.unit.conftest import MakeNamespace, content, discard, hold, write
 
 PAGE = 4096
@@ -192,3 +194,65 @@ async def test_two_discards_of_what_one_reader_holds_both_come_to_an_end(
             namespace.release([held])
     assert [one.status for one in gone] == [0, 0, 0]
     assert is_hole(namespace, 0, SIZE)
+
+
+# ---- a discard that does not come about
+
+
+@pytest.mark.parametrize("length", [64 << 10, 8 << 20])
+async def test_a_punch_that_is_refused_loses_nothing_and_heals_nothing(
+    make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Short ones are punched on the spot, long ones in a thread."""
+    namespace = make_namespace(16 << 20, kind="page-cache")
+    assert not namespace.execute([write(0, b"b" * PAGE)])
+    namespace.poison(2 * PAGE, PAGE)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "immutable")
+
+    monkeypatch.setattr(namespace.media, "punch", refuse)
+    command = discard(0, length)
+    await namespace.complete(namespace.execute([command]))
+    assert command.status == Status.WRITE_FAULT
+    read = hold(namespace, 0, PAGE)
+    assert content(read) == b"b" * PAGE
+    namespace.release([read])
+    assert namespace.representation.poisoned() == [2]
+
+
+@pytest.mark.parametrize("kind", ["page-cache", "struct-page", "pfn", "extent"])
+async def test_a_long_discard_whose_client_is_gone_loses_nothing_and_heals_nothing(
+    make_namespace: MakeNamespace, kind: str
+) -> None:
+    namespace = make_namespace(16 << 20, kind=kind)
+    assert not namespace.execute([write(0, b"b" * PAGE)])
+    namespace.poison(2 * PAGE, PAGE)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await namespace.complete(namespace.execute([discard(0, 8 << 20)]))
+    assert scope.cancelled_caught
+    read = hold(namespace, 0, PAGE)
+    assert content(read) == b"b" * PAGE
+    namespace.release([read])
+    assert namespace.representation.poisoned() == [2]
+    await namespace.flush()
+    assert namespace.media.path.read_bytes()[:PAGE] == b"b" * PAGE
+
+
+async def test_zeroes_that_cannot_be_stored_lose_nothing(
+    make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = make_namespace(kind="page-cache")
+    assert not namespace.execute([write(0, b"b" * PAGE)])
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "disk")
+
+    monkeypatch.setattr(namespace.media, "fill_with_zeroes", refuse)
+    command = Command(WRITE_ZEROES, ALLOCATE, 0, PAGE)
+    assert not namespace.execute([command])
+    assert command.status == Status.WRITE_FAULT
+    read = hold(namespace, 0, PAGE)
+    assert content(read) == b"b" * PAGE
+    namespace.release([read])

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from pmblk import Command, PmblkError
 from pmblk.media.target import open_target
 from pmblk.nvme.command import DATASET_MANAGEMENT, WRITE
+from pmblk.representations import parse_options
 from pmblk.saving import save
+from pmblk.switching import resize, switch
 from tests.unit.conftest import MakeNamespace
 
 SIZE = 3 << 20
@@ -82,3 +85,55 @@ def test_media_that_are_served_are_no_target(make_namespace: MakeNamespace) -> N
 def test_a_target_in_no_directory_is_refused(directory: Path) -> None:
     with pytest.raises(PmblkError, match="No such file"):
         open_target(directory / "none" / "file", needed_bytes=1)
+
+
+async def test_a_save_that_fails_leaves_what_was_there(
+    make_namespace: MakeNamespace, directory: Path
+) -> None:
+    target_file(directory).write_bytes(b"the copy of yesterday")
+    namespace = make_namespace(SIZE)
+    namespace.poison(1 << 20, 4096)
+    target = open_target(target_file(directory), needed_bytes=SIZE)
+    with pytest.raises(PmblkError, match="cannot be read"):
+        await save(namespace, target)
+    target.close()
+    assert target_file(directory).read_bytes() == b"the copy of yesterday"
+    assert sorted(path.name for path in directory.iterdir()) == ["media.img", "target.img"]
+
+
+def test_a_fifo_is_no_target(directory: Path) -> None:
+    os.mkfifo(target_file(directory))
+    with pytest.raises(PmblkError, match="neither a file nor a block device"):
+        open_target(target_file(directory), needed_bytes=1)
+
+
+def test_a_path_with_a_nul_is_no_target(directory: Path) -> None:
+    with pytest.raises(PmblkError, match="cannot write"):
+        open_target(Path(f"{directory}/a\0b"), needed_bytes=1)
+
+
+async def test_what_a_namespace_grows_meanwhile_is_not_in_the_copy(
+    make_namespace: MakeNamespace, directory: Path
+) -> None:
+    namespace = make_namespace(SIZE)
+    target = open_target(target_file(directory), needed_bytes=SIZE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(save, namespace, target)
+        await resize(namespace, 2 * SIZE)
+    target.close()
+    assert target_file(directory).stat().st_size == SIZE
+
+
+async def test_a_switch_to_a_smaller_limit_meanwhile_is_no_harm(
+    make_namespace: MakeNamespace, directory: Path
+) -> None:
+    namespace = make_namespace(16 << 20)
+    content = os.urandom(16 << 20)
+    namespace.execute([Command(WRITE, 0, 0, len(content), payload=content)])
+    target = open_target(target_file(directory), needed_bytes=len(content))
+    options = parse_options("transient-page", {"pool_pages": 256})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(save, namespace, target)
+        await switch(namespace, "transient-page", options)
+    target.close()
+    assert target_file(directory).read_bytes() == content

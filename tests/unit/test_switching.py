@@ -376,6 +376,28 @@ async def test_a_flush_under_way_ends_when_the_representation_is_exchanged(
     assert namespace.size == 1 << 20
 
 
+async def test_discards_that_come_one_after_the_other_do_not_starve_a_switch(
+    make_namespace: MakeNamespace,
+) -> None:
+    """They queue behind the switch, whoever sends them."""
+    namespace = make_namespace(64 << 20)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+
+            async def discards(part: int) -> None:
+                while True:
+                    command = discard(part << 24, 16 << 20)
+                    await namespace.complete(namespace.execute([command]))
+
+            for part in range(4):
+                nursery.start_soon(discards, part)
+            await trio.testing.wait_all_tasks_blocked()
+            for kind in ("pfn", "extent", "struct-page"):
+                await to(namespace, kind)
+            nursery.cancel_scope.cancel()
+    assert namespace.representation.kind == "struct-page"
+
+
 # ---- a range on its way out
 
 

@@ -209,7 +209,7 @@ def create(path: Path, size: int) -> None:
     try:
         os.ftruncate(fd, size)
         os.fsync(fd)
-        _sync_directory(path.parent)
+        syscalls.sync_directory(path.parent)
     except BaseException as error:
         path.unlink()
         if not isinstance(error, OSError):
@@ -218,14 +218,6 @@ def create(path: Path, size: int) -> None:
             f"cannot make {path} {format_size(size)} long: {error.strerror}",
             hint="choose a smaller size or another file system",
         ) from error
-    finally:
-        os.close(fd)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)
 

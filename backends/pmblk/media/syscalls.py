@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import struct
+from pathlib import Path
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -112,3 +113,12 @@ def available_memory_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     raise AssertionError("no MemAvailable: Linux 3.14 or later is needed")
+
+
+def sync_directory(directory: Path) -> None:
+    """The names in it are durable. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

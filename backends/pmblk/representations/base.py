@@ -147,8 +147,8 @@ class Representation(abc.ABC):
         """Zeroes over a reserved range, in memory: the way for ranges that must not be punched."""
         if self.has_poison:
             self._refuse_half_poisoned(offset, length)
-        self.forget(offset, length)
         self.media.fill_with_zeroes(offset, length)
+        self.forget(offset, length)
 
     # ---- what is dirty
 
@@ -168,7 +168,7 @@ class Representation(abc.ABC):
         """Bring what was written to the range to the media; a sync makes it durable."""
 
     def forget(self, offset: int, length: int) -> None:
-        """The whole range is about to become zeroes: drop what is remembered of it."""
+        """The whole range has become zeroes on the media: drop what is remembered of it."""
         if self.has_poison:
             self._heal(offset, length)
 

@@ -91,7 +91,8 @@ class ExtentRepresentation(Representation):
 
     def poison(self, first: int, count: int) -> None:
         offset, length = first << PAGE_SHIFT, count << PAGE_SHIFT
-        self._cut_out(offset, offset + length)
+        if self._is_bad(offset, length):
+            self._cut_out(offset, offset + length)
         insort(self._poison, (offset, length))
         self.has_poison = True
 
@@ -104,9 +105,10 @@ class ExtentRepresentation(Representation):
 
     def _heal(self, offset: int, length: int) -> None:
         start, end = whole_units(offset, length, unit=PAGE_BYTES, limit=self.media.size)
-        if start < end:
-            self._cut_out(start, -(-end // PAGE_BYTES) * PAGE_BYTES)
-        self.has_poison = bool(self._poison)
+        end = -(-end // PAGE_BYTES) * PAGE_BYTES
+        if start < end and self._is_bad(start, end - start):
+            self._cut_out(start, end)
+            self.has_poison = bool(self._poison)
 
     def _cut_out(self, start: int, end: int) -> None:
         left: list[tuple[int, int]] = []
@@ -119,9 +121,13 @@ class ExtentRepresentation(Representation):
         self._poison = left
 
     def _refuse_poisoned(self, offset: int, length: int) -> None:
-        index = bisect_left(self._poison, (offset + length, 0))
-        if index and overlap(offset, length, *self._poison[index - 1]):
+        if self._is_bad(offset, length):
             raise poison_error(offset, length)
+
+    def _is_bad(self, offset: int, length: int) -> bool:
+        """The last bad extent that starts before the end of the range is the one to look at."""
+        index = bisect_left(self._poison, (offset + length, 0))
+        return bool(index) and overlap(offset, length, *self._poison[index - 1])
 
     # ---- what it cost
 

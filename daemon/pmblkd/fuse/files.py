@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -46,6 +47,7 @@ class Files:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._born_ns = time.time_ns()
+        self._opens: Counter[int] = Counter()  # by inode, those without their release
         self.users = 0  # opens without their release
 
     # ---- the tree
@@ -86,12 +88,19 @@ class Files:
         if flags & os.O_TRUNC:
             raise refuse(errno.EPERM)
         served.enter()
+        self._opens[inode] += 1
         self.users += 1
 
     def release(self, inode: int) -> None:
         """The last close(2) of an open."""
-        self._served(inode).leave()
+        self._opens[inode] -= 1
         self.users -= 1
+        self._served(inode).leave()
+
+    def disconnected(self) -> None:
+        """The mount is gone, and with it every open: no release will come."""
+        for inode in [one for one, opens in self._opens.items() for _ in range(opens)]:
+            self.release(inode)
 
     def total_bytes(self) -> tuple[int, int]:
         """Size and allocated bytes of all namespaces together, for statfs(2)."""
