@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -81,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
+    parser.add_argument("--loads", default="", metavar="PATTERN", help="only those that match it")
     parser.add_argument("--kinds", default=",".join(KINDS), help="(%(default)s)")
     chosen = parser.parse_args()
     names = [BARE, *chosen.kinds.split(",")]
@@ -89,10 +91,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         daemons = {kind: stack.enter_context(served(kind)) for kind in names}
         for rw, block, depth in LOADS:
+            name = f"{block} {rw} QD{depth}"
+            if not re.search(chosen.loads, name):
+                continue
             arguments = [f"--rw={rw}", f"--bs={block}", f"--iodepth={depth}", "--norandommap"]
             arguments += ["--time_based", f"--runtime={round(chosen.seconds * 1000)}ms"]
             row = compare(daemons, arguments, chosen.seconds, chosen.rounds)
-            print(f"| {block} {rw} QD{depth} | {row} |", flush=True)
+            print(f"| {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

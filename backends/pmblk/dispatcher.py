@@ -63,7 +63,7 @@ class Dispatcher:
 
     def attempt(self, command: Command) -> bool:
         """Finish the command now if it can be, and count it; False when it must wait."""
-        if self.fences and self.fences.overlap(command.offset, command.length):
+        if self.fences.standing and self.fences.overlap(command.offset, command.length):
             return False
         status = self.guard(command)
         if status:
@@ -144,7 +144,7 @@ class Dispatcher:
 
     def window(self, command: Command) -> memoryview | None:
         """Memory for the bytes of a write that are not received yet; None: let `attempt` see it."""
-        if self.fences or self.guard(command):
+        if self.fences.standing or self._must_not_store(command):
             return None
         offset, length = command.offset + command.received, command.length - command.received
         try:
@@ -152,6 +152,12 @@ class Dispatcher:
             return self.representation.window(offset, length)
         except OSError:
             return None
+
+    def _must_not_store(self, command: Command) -> bool:
+        """The guard; for what has begun, only what can have changed since."""
+        if not command.received:
+            return self.guard(command) != Status.SUCCESS
+        return self.sync.failure is not None or command.length > self.media.size - command.offset
 
     # ---- one opcode each
 

@@ -20,13 +20,10 @@ class Fence(NamedTuple):
 
 
 class Fences:
-    """False when there is none, which is nearly always: the path of an I/O asks only that."""
+    """`standing` is empty nearly always: the path of an I/O asks only that."""
 
     def __init__(self) -> None:
-        self._fences: list[Fence] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._fences)
+        self.standing: list[Fence] = []
 
     def overlap(self, offset: int, length: int) -> bool:
         return self._first(offset, length) is not None
@@ -40,16 +37,16 @@ class Fences:
     def around(self, offset: int, length: int) -> Iterator[Sequence[Fence]]:
         """A fence; yields those that were there before it and overlap it."""
         fence = Fence(offset, length, trio.Event())
-        older = [one for one in self._fences if overlap(offset, length, one.offset, one.length)]
-        self._fences.append(fence)
+        older = [one for one in self.standing if overlap(offset, length, one.offset, one.length)]
+        self.standing.append(fence)
         try:
             yield older
         finally:
-            self._fences.remove(fence)
+            self.standing.remove(fence)
             fence.lifted.set()
 
     def _first(self, offset: int, length: int) -> Fence | None:
-        for fence in self._fences:
+        for fence in self.standing:
             if overlap(offset, length, fence.offset, fence.length):
                 return fence
         return None

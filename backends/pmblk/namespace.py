@@ -94,10 +94,9 @@ class Namespace:
         waiting: list[Command] = []
         dispatcher = self._dispatcher
         representation = dispatcher.representation
-        hold, write = representation.hold, representation.write
         known = self.media.allocation.known
         size = self.size
-        calm = not dispatcher.fences
+        calm = not dispatcher.fences.standing
         writable = not self.read_only and dispatcher.sync.failure is None
         reads = read_bytes = writes = write_bytes = prp_entries = list_pages = 0
         for command in commands:
@@ -115,20 +114,24 @@ class Namespace:
                     if known[first] if first == last else known.find(HOLE, first, last + 1) < 0:
                         done: bool | None = None
                         if opcode == READ:
-                            lease = hold(offset, length)
-                            done = lease is not None
-                            if lease is not None:
+                            lease = representation.hold(offset, length)
+                            if lease is None:
+                                done = False
+                            else:
+                                done = True
                                 command.segments = lease.views
                                 command.leases = (lease,)
                                 reads += 1
                                 read_bytes += length
                         elif opcode == WRITE and writable and not command.flags:
                             payload = command.payload
-                            if payload is not None and not command.received:
-                                done = write(offset, payload)
-                                if done:
-                                    writes += 1
-                                    write_bytes += length
+                            if command.received == length:  # it was received into memory
+                                done = True
+                            elif payload is not None and not command.received:
+                                done = representation.write(offset, payload)
+                            if done:
+                                writes += 1
+                                write_bytes += length
                         if done:
                             prp_entries += last - first + 1
                             if last - first > 1:
@@ -143,12 +146,15 @@ class Namespace:
             if not dispatcher.attempt(command):
                 waiting.append(command)
         counters = dispatcher.counters
-        counters.reads += reads
-        counters.read_bytes += read_bytes
-        counters.writes += writes
-        counters.write_bytes += write_bytes
+        if reads:
+            counters.reads += reads
+            counters.read_bytes += read_bytes
+        if writes:
+            counters.writes += writes
+            counters.write_bytes += write_bytes
         counters.prp_entries += prp_entries
-        counters.prp_list_pages += list_pages
+        if list_pages:
+            counters.prp_list_pages += list_pages
         return self._own_payloads(waiting) if waiting else _NONE
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
@@ -166,8 +172,9 @@ class Namespace:
             if command.leases:
                 leases += command.leases
                 command.leases = ()
-        self.representation.release(leases)
-        self._completer.released()
+        self._dispatcher.representation.release(leases)
+        if self._completer.starved:
+            self._completer.released()
 
     def window(self, command: Command) -> memoryview | None:
         """Memory for a write's payload beyond its `received` bytes, to receive into without a copy.
@@ -180,7 +187,8 @@ class Namespace:
     def received(self, command: Command, length: int) -> None:
         """The next `length` bytes of the command's payload are in its window."""
         place = command.offset + command.received
-        self.representation.stored(place, length, continued=command.received > 0)
+        continued = command.received > 0
+        self._dispatcher.representation.stored(place, length, continued=continued)
         command.received += length
 
     def poison(self, offset: int, length: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from pmblk import Command, PmblkError
 from pmblk.media.target import open_target
@@ -119,6 +120,7 @@ async def test_what_a_namespace_grows_meanwhile_is_not_in_the_copy(
     target = open_target(target_file(directory), needed_bytes=SIZE)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(save, namespace, target)
+        await trio.testing.wait_all_tasks_blocked()  # its first piece is being written
         await resize(namespace, 2 * SIZE)
     target.close()
     assert target_file(directory).stat().st_size == SIZE
@@ -134,6 +136,7 @@ async def test_a_switch_to_a_smaller_limit_meanwhile_is_no_harm(
     options = parse_options("transient-page", {"pool_pages": 256})
     async with trio.open_nursery() as nursery:
         nursery.start_soon(save, namespace, target)
+        await trio.testing.wait_all_tasks_blocked()  # its first piece is being written
         await switch(namespace, "transient-page", options)
     target.close()
     assert target_file(directory).read_bytes() == content

@@ -47,6 +47,7 @@ class ExtentRepresentation(Representation):
         super().__init__(media, options)
         self._view = media.view
         self._store = media.store
+        self._follow = media.stored if media.durability.follows_stores else None
         self._poison: list[tuple[int, int]] = []  # bad extents (offset, length), sorted, apart
         self._released = self._writes = self._peak = 0
         self.has_windows = media.stores_to_view
@@ -84,8 +85,10 @@ class ExtentRepresentation(Representation):
         return True
 
     def stored(self, offset: int, length: int, *, continued: bool) -> None:
-        self.media.stored(offset, length)
-        self._writes += not continued
+        if self._follow is not None:
+            self._follow(offset, length)
+        if not continued:
+            self._writes += 1
 
     # ---- poison: extents again, a bad one for each run of bad pages
 

@@ -168,7 +168,7 @@ class Connection:
     async def _receive_bulk(self, command: Command, head: memoryview, namespace: Namespace) -> None:
         """A large write's payload straight into memory, piece by piece as it arrives.
 
-        The window is asked for anew at every piece, since nothing may be kept over a wait. When it
+        The window is asked for anew after every wait, since nothing may be kept over one. When it
         is refused half way, the rest arrives in a buffer and is an ordinary write.
         """
         while command.received < command.length:
@@ -176,20 +176,27 @@ class Connection:
             if window is None:
                 await self._receive_rest(command, head)
                 return
-            if head:
-                count: int | None = len(head)
-                window[: len(head)] = head
-                head = head[:0]
-            else:
-                count = self._receive_now(window)
-                if count is None and self._spinner.worth_it(self):
-                    count = self._spin(window)
-            if count is None:
+            count = self._fill(window, head)
+            head = head[:0]
+            if count < len(window) and self._spinner.worth_it(self):
+                count += self._spin(window[count:]) or 0
+            if count:
+                namespace.received(command, count)
+            if command.received < command.length:
                 await trio.lowlevel.wait_readable(self._sock)
-                continue
+
+    def _fill(self, window: memoryview, head: memoryview) -> int:
+        """`head`, and what has arrived behind it, into the window; how much that is."""
+        filled = len(head)
+        window[:filled] = head
+        while filled < len(window):
+            count = self._receive_now(window[filled:])
+            if count is None:
+                break
             if count == 0:
                 raise Disconnected("left in the middle of a write")
-            namespace.received(command, count)
+            filled += count
+        return filled
 
     async def _receive_rest(self, command: Command, head: memoryview) -> None:
         """What is not in memory yet becomes the payload of the command."""
