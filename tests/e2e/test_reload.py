@@ -15,7 +15,7 @@ from pmblkd.reports import ReloadReport
 from tests.e2e.conftest import assert_no_complaints, program, wait_for
 from tests.e2e.nbd_raw import ERR_UNKNOWN, FUA, INFO, LIST, REP_ACK, Client, connected, string
 from tests.harness.daemon import Daemon, running
-from tests.harness.file_systems import attached
+from tests.harness.file_systems import attached, make, mounted
 
 pytestmark = pytest.mark.e2e
 
@@ -99,6 +99,20 @@ def reload(daemon: Daemon, *arguments: str) -> "subprocess.CompletedProcess[str]
         timeout=SECONDS,
         check=False,
     )
+
+
+def test_media_on_a_device_of_the_daemon_s_own_are_refused(daemon: Daemon) -> None:
+    """It could never stop: its last flush would need the file that it has just closed."""
+    with attached(daemon, "one") as device:
+        make("ext4", device)
+        with mounted(device, daemon.directory / "fs") as directory:
+            inside = TWO.replace("two", "inside").replace("{dir}/inside.img", f"{directory}/x.img")
+            config = ONE + TWO + inside.replace("2MiB", "1MiB") + REST
+            daemon.config.write_text(config.replace("{dir}", str(daemon.directory)))
+            done = reload(daemon)
+            assert done.returncode == 2
+            assert "lies on a file system of this very daemon" in done.stderr
+            assert names(daemon) == ["one", "two"]
 
 
 # ---- namespaces that come and go

@@ -27,3 +27,8 @@ def test_files_that_are_named_exist(document: Path) -> None:
     ):
         candidates = [ROOT / name, ROOT / "backends" / name, ROOT / "daemon" / name]
         assert any(candidate.exists() for candidate in candidates), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_document_has_a_place_that_waits_for_a_figure(document: Path) -> None:
+    assert re.findall(r"^[A-Z]{4,}$|\bMACHINE\b|\bTODO\b", document.read_text(), re.M) == []
