@@ -73,9 +73,7 @@ def how_to_read(results: Results) -> list[str]:
             )
             + " Above a loop device the kernel works in threads of its own, which are not counted."
         ),
-        (
-            "Per I/O means per block of the load's size that the engine transferred."
-        ),
+        ("Per I/O means per block of the load's size that the engine transferred."),
         (
             "page-cache has an arena that is smaller than the device, else it would measure DRAM:"
             f" {_arena(results)}. It starts cold after each switch."
