@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from pmblk.representations import KINDS, parse_options
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
@@ -32,3 +35,11 @@ def test_files_that_are_named_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_no_document_has_a_place_that_waits_for_a_figure(document: Path) -> None:
     assert re.findall(r"^[A-Z]{4,}$|\bMACHINE\b|\bTODO\b", document.read_text(), re.M) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_a_representation_is_in_the_reference_with_its_default(kind: str) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    for name, default in msgspec.to_builtins(parse_options(kind)).items():
+        shown = f'"{default}"' if isinstance(default, str) else str(default)
+        assert f"`{name}` | `{shown}` |" in text, name
