@@ -44,15 +44,23 @@ async def clear_in_slices(
             await trio.lowlevel.checkpoint()
         return
     start, end = _zero_edges(media, representation, offset, length)
+    await _settle(representation, start, end)
     for position, piece in slices(start, end - start, slice_bytes=SLICE_BYTES):
-        # While the thread works nothing may be stored there, so nothing may be left to write back;
-        # and when it never starts, since its client is gone, nothing may be lost.
-        for place, part in slices(position, piece, slice_bytes=INLINE_BYTES):
-            if representation.dirty():
-                representation.write_back(place, part)
-                await trio.lowlevel.checkpoint()
         await trio.to_thread.run_sync(media.punch, position, piece)
         representation.forget(position, piece)
+
+
+async def _settle(representation: Representation, start: int, end: int) -> None:
+    """Write back what is dirty in the range, and only that: elsewhere there may be holes.
+
+    While a thread punches nothing may be stored there, so nothing may be left to write back; and
+    when it never starts, since its client is gone, nothing may be lost.
+    """
+    for offset, length in representation.dirty_extents():
+        first, last = max(start, offset), min(end, offset + length)
+        for place, part in slices(first, last - first, slice_bytes=INLINE_BYTES):
+            representation.write_back(place, part)
+            await trio.lowlevel.checkpoint()
 
 
 def _page_slices(offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -107,3 +107,15 @@ def test_bytes_that_were_received_into_a_window_are_dirty(make_media: MakeMedia)
     window[:1] = b"x"
     pfn.stored(PAGE, 1, continued=False)
     assert list(pfn.dirty_extents()) == [(PAGE, PAGE)]
+
+
+async def test_a_long_discard_writes_back_what_is_dirty_in_its_range_and_touches_no_hole(
+    make_media: MakeMedia,
+) -> None:
+    media = make_media(32 << 20)
+    durability = recorded(media)
+    namespace = Namespace("ns", media, over(media), lba_bytes=512)
+    assert not namespace.execute([write(0, b"x"), write(9 << 20, b"x")])
+    await namespace.complete(namespace.execute([discard(8 << 20, 16 << 20)]))
+    assert durability.taken() == [(9 << 20, PAGE)]
+    assert list(namespace.representation.dirty_extents()) == [(0, PAGE)]
