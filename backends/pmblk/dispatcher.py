@@ -24,6 +24,8 @@ from pmblk.nvme.command import (
     FLUSH,
     FUA,
     GET_LBA_STATUS,
+    KEEP,
+    PREALLOCATE,
     PREFETCH,
     READ,
     WRITE,
@@ -37,7 +39,7 @@ from pmblk.nvme.status import Status, from_oserror
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import Extent, merge_extents
 from pmblk.representations.base import Lease, Representation
-from pmblk.zeroing import INLINE_BYTES, clear
+from pmblk.zeroing import INLINE_BYTES, Way, clear
 
 EXTENTS_MAX = 1024  # one answer to GET_LBA_STATUS; the client asks again from its end
 
@@ -59,6 +61,7 @@ class Dispatcher:
             DATASET_MANAGEMENT: self._clear,
             GET_LBA_STATUS: self._lba_status,
             PREFETCH: self._prefetch,
+            PREALLOCATE: self._preallocate,
         }
 
     def attempt(self, command: Command) -> bool:
@@ -85,7 +88,7 @@ class Dispatcher:
             return Status.SUCCESS
         if command.length > self.media.size - command.offset:
             return Status.LBA_OUT_OF_RANGE
-        if opcode in (WRITE, WRITE_ZEROES, DATASET_MANAGEMENT):
+        if opcode in (WRITE, WRITE_ZEROES, DATASET_MANAGEMENT, PREALLOCATE):
             if self.media.read_only:
                 return Status.NAMESPACE_WRITE_PROTECTED
             if self.sync.failure is not None:
@@ -139,8 +142,11 @@ class Dispatcher:
         self.counters.prp_entries += entries
         self.counters.prp_list_pages += prp_list_pages(entries)
 
-    def must_allocate(self, command: Command) -> bool:
-        return bool(command.flags & ALLOCATE) or not self.media.punches
+    def way_to_clear(self, command: Command) -> Way:
+        """How WRITE_ZEROES or a deallocation makes its range zero."""
+        if command.flags & KEEP:
+            return Way.KEEP
+        return Way.FILL if command.flags & ALLOCATE or not self.media.punches else Way.PUNCH
 
     def window(self, command: Command) -> memoryview | None:
         """Memory for the bytes of a write that are not received yet; None: let `attempt` see it."""
@@ -210,17 +216,24 @@ class Dispatcher:
     def _clear(self, command: Command) -> bool:
         """WRITE_ZEROES and deallocation."""
         zeroing = command.opcode == WRITE_ZEROES
-        allocate = self.must_allocate(command)
-        if zeroing and allocate and command.flags & FAST_ONLY:
+        way = self.way_to_clear(command)
+        if zeroing and way is not Way.PUNCH and command.flags & FAST_ONLY:
             self.fail(command, Status.FAST_ZERO_NOT_POSSIBLE)
             return True
-        if not zeroing and allocate:
+        if not zeroing and way is Way.FILL:
             return True  # deallocation is a hint, and this file system has no holes
         offset, length = command.offset, command.length
-        if length > INLINE_BYTES or (not allocate and self.representation.busy(offset, length)):
+        punches = way is Way.PUNCH
+        if length > INLINE_BYTES or (punches and self.representation.busy(offset, length)):
             return False
-        clear(self.media, self.representation, offset, length, allocate=allocate)
+        clear(self.media, self.representation, offset, length, way)
         return self._persist_if_asked(command)
+
+    def _preallocate(self, command: Command) -> bool:
+        if command.length > INLINE_BYTES:
+            return False
+        self.media.reserve(command.offset, command.length)
+        return True
 
     def _lba_status(self, command: Command) -> bool:
         limit = 1 if command.flags & FIRST_EXTENT else EXTENTS_MAX

@@ -17,6 +17,7 @@ from pmblk.nvme.command import (
     DATASET_MANAGEMENT,
     FLUSH,
     FUA,
+    PREALLOCATE,
     READ,
     WRITE_ZEROES,
     Command,
@@ -25,7 +26,7 @@ from pmblk.nvme.command import (
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import slices
 from pmblk.representations.base import Representation
-from pmblk.zeroing import INLINE_BYTES, clear_in_slices
+from pmblk.zeroing import INLINE_BYTES, Way, clear_in_slices
 
 PIECE_COST_BYTES = 64 << 10  # what writing back a piece costs beside its bytes, in bytes
 
@@ -75,6 +76,9 @@ class Completer:
                     return False
                 await self._clear_slowly(command)
                 return True
+            if command.opcode == PREALLOCATE:
+                await self._preallocate_slowly(command)
+                return True
             if not may_wait:
                 return False
             if command.length - command.received > self._io_bytes_max:
@@ -100,21 +104,33 @@ class Completer:
     async def _clear_slowly(self, command: Command) -> None:
         dispatcher = self._dispatcher
         offset, length = command.offset, command.length
-        allocate = dispatcher.must_allocate(command)
+        way = dispatcher.way_to_clear(command)
+        punches = way is Way.PUNCH
         unit = (offset, length)
-        if not allocate and self._representation.busy(offset, length):
+        if punches and self._representation.busy(offset, length):
             unit = self._representation.lifetime_unit(offset, length)
         try:
             with dispatcher.fences.around(*unit):
-                while not allocate and self._representation.busy(offset, length):
+                while punches and self._representation.busy(offset, length):
                     await self.lease_released()
                 await clear_in_slices(
-                    self._dispatcher.media,
-                    self._representation,
-                    offset,
-                    length,
-                    allocate=allocate,
+                    self._dispatcher.media, self._representation, offset, length, way
                 )
+        except OSError as error:
+            dispatcher.fail_with(command, error)
+            return
+        self._finished_slowly(command)
+
+    async def _preallocate_slowly(self, command: Command) -> None:
+        """A fence keeps discards out, or what is reserved could be gone before it is marked."""
+        dispatcher = self._dispatcher
+        try:
+            with dispatcher.fences.around(command.offset, command.length):
+                for offset, length in slices(
+                    command.offset, command.length, slice_bytes=INLINE_BYTES
+                ):
+                    dispatcher.media.reserve(offset, length)
+                    await trio.lowlevel.checkpoint()
         except OSError as error:
             dispatcher.fail_with(command, error)
             return

@@ -1,29 +1,39 @@
 """Making a range zero: holes where pages can be given back, zeroes in memory where not.
 
-Only whole pages are punched. A page that the range covers in part keeps its memory and gets zeroes
-there, so a page that a representation holds dirty always has memory under it, and nothing outside
-the range is looked at.
+There are three ways (`Way`). Only whole pages are punched. A page that the range covers in part
+keeps its memory and gets zeroes there, so a page that a representation holds dirty always has
+memory under it, and nothing outside the range is looked at.
 """
 
+import enum
 from collections.abc import Iterator
 
 import trio
 
 from pmblk.media import Media
 from pmblk.pages import PAGE_BYTES
-from pmblk.ranges import slices, whole_units
+from pmblk.ranges import merge_extents, slices, whole_units
 from pmblk.representations import Representation
 
 INLINE_BYTES = 4 << 20  # punching 4 MiB of tmpfs takes about 1 ms, a thread hop 0.1 ms
 SLICE_BYTES = 256 << 20  # a long punch is cut, so that a stop does not wait for all of it
 
 
-def clear(
-    media: Media, representation: Representation, offset: int, length: int, *, allocate: bool
-) -> None:
-    """In one go; for at most `INLINE_BYTES`. `allocate`: leave no hole. Raises OSError."""
-    if allocate:
+class Way(enum.Enum):
+    """What becomes of the memory under a range that is made zero."""
+
+    PUNCH = "punch"  # whole pages are given back
+    FILL = "fill"  # memory everywhere, no hole is left
+    KEEP = "keep"  # what has memory keeps it, what is a hole stays one
+
+
+def clear(media: Media, representation: Representation, offset: int, length: int, way: Way) -> None:
+    """In one go; for at most `INLINE_BYTES`. Raises OSError."""
+    if way is Way.FILL:
         _store_zeroes(media, representation, offset, length)
+        return
+    if way is Way.KEEP:
+        _zero_memory(media, representation, offset, length)
         return
     start, end = _zero_edges(media, representation, offset, length)
     if start < end:
@@ -32,16 +42,19 @@ def clear(
 
 
 async def clear_in_slices(
-    media: Media, representation: Representation, offset: int, length: int, *, allocate: bool
+    media: Media, representation: Representation, offset: int, length: int, way: Way
 ) -> None:
     """Punched in a worker thread, or zeroed in memory with pauses between. Raises OSError.
 
     The caller keeps everybody else out of the range.
     """
-    if allocate:
+    if way is Way.FILL:
         for position, piece in _page_slices(offset, length):
             _store_zeroes(media, representation, position, piece)
             await trio.lowlevel.checkpoint()
+        return
+    if way is Way.KEEP:
+        await _zero_memory_in_slices(media, representation, offset, length)
         return
     start, end = _zero_edges(media, representation, offset, length)
     await _settle(representation, start, end)
@@ -83,8 +96,22 @@ def _zero_edges(
     start, end = whole_units(offset, length, unit=PAGE_BYTES, limit=media.size)
     end = max(start, end)
     for edge_start, edge_end in ((offset, min(start, offset + length)), (end, offset + length)):
-        # A hole is zero as it is; only what has memory is stored to.
-        for extent in list(media.allocation.extents(edge_start, edge_end - edge_start)):
-            if not extent.hole:
-                _store_zeroes(media, representation, extent.offset, extent.length)
+        _zero_memory(media, representation, edge_start, edge_end - edge_start)
     return start, end
+
+
+def _zero_memory(media: Media, representation: Representation, offset: int, length: int) -> None:
+    """A hole is zero as it is; only what has memory is stored to."""
+    for extent in list(media.allocation.extents(offset, length)):
+        if not extent.hole:
+            _store_zeroes(media, representation, extent.offset, extent.length)
+
+
+async def _zero_memory_in_slices(
+    media: Media, representation: Representation, offset: int, length: int
+) -> None:
+    for extent in merge_extents(media.allocation.extents(offset, length)):
+        if not extent.hole:
+            for position, piece in _page_slices(extent.offset, extent.length):
+                _store_zeroes(media, representation, position, piece)
+                await trio.lowlevel.checkpoint()

@@ -24,6 +24,7 @@ class Opcode(enum.IntEnum):
     DATASET_MANAGEMENT = 0x09  # deallocate, and nothing else
     GET_LBA_STATUS = 0x86  # an admin command in NVMe; here it travels with the I/O
     PREFETCH = 0xC0  # vendor range: NBD's CACHE; NVMe knows it only as a dataset hint
+    PREALLOCATE = 0xC4  # vendor range: memory for the range, which keeps what it holds
 
 
 class Flag(enum.IntFlag):
@@ -33,6 +34,7 @@ class Flag(enum.IntFlag):
     FAST_ONLY = 1 << 2  # WRITE_ZEROES: faster than a write, or not at all
     CONTIGUOUS = 1 << 3  # READ: the front end wants one run, not holes apart
     FIRST_EXTENT = 1 << 4  # GET_LBA_STATUS: one extent is enough
+    KEEP = 1 << 5  # WRITE_ZEROES: what has memory keeps it, what is a hole stays one
 
 
 # Plain ints for the paths that run for every I/O: enum members compare slower.
@@ -43,11 +45,13 @@ WRITE_ZEROES = int(Opcode.WRITE_ZEROES)
 DATASET_MANAGEMENT = int(Opcode.DATASET_MANAGEMENT)
 GET_LBA_STATUS = int(Opcode.GET_LBA_STATUS)
 PREFETCH = int(Opcode.PREFETCH)
+PREALLOCATE = int(Opcode.PREALLOCATE)
 FUA = int(Flag.FUA)
 ALLOCATE = int(Flag.ALLOCATE)
 FAST_ONLY = int(Flag.FAST_ONLY)
 CONTIGUOUS = int(Flag.CONTIGUOUS)
 FIRST_EXTENT = int(Flag.FIRST_EXTENT)
+KEEP = int(Flag.KEEP)
 
 
 class Hole(msgspec.Struct, frozen=True, gc=False):
