@@ -16,6 +16,7 @@ from pmblkd import loop, report_of
 from pmblkd.config import parse_representation
 from pmblkd.control import Handler
 from pmblkd.errors import RepresentationError, WorkFailed
+from pmblkd.fuse import mappings
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
 from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
 from pmblkd.registry import Registry
@@ -66,10 +67,12 @@ class Answers:
         except RepresentationError as error:
             place = f"{question.kind}.{error.option}: " if error.option else ""
             raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
-        with self._registry.named(question.name).used() as namespace:
+        served = self._registry.named(question.name)
+        with served.used() as namespace:
             before = report_of.representation(namespace.representation)
             try:
-                switched = await switching.switch(namespace, question.kind, options)
+                async with mappings.kept_out(served, question.kind):
+                    switched = await switching.switch(namespace, question.kind, options)
             except PmblkError as error:
                 raise WorkFailed(error.message, hint=error.hint) from error
             return report_of.switch(namespace, before, switched)

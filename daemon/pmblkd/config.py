@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -22,7 +22,14 @@ from pmblkd.overrides import apply_override
 RUNTIME_DIRECTORY = Path("/run/pmblk")
 STOP_SECONDS_MAX = 3600
 SIZE_MAX = 64 << 40  # what one process can map
+REQUEST_TIMEOUT_SECONDS_MAX = 65535  # the field has 16 bits
+MOUNT_OPTIONS = ("noatime", "noexec", "ro")
+MODE = re.compile(r"0?[0-7]{3}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+Dax = Literal["auto", "fast", "off"]
+FuseEngine = Literal["auto", "kernel", "pyfuse3"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +41,7 @@ class NamespaceConfig(_Table, frozen=True):
 
     `reserve`: keep the last 1/64 of the file for a page table on the device, so that struct-page
     with memmap = "device" can be switched to. The device has 63/64 of `size` then.
+    `dax`: whether clients of the FUSE file map the media themselves (`pmblkd.fuse.dax`).
     """
 
     name: str
@@ -42,6 +50,7 @@ class NamespaceConfig(_Table, frozen=True):
     lba_size: int = 4096
     read_only: bool = False
     reserve: bool = False
+    dax: Dax = "auto"
     representation: str | dict[str, Any] = "extent"
 
     @property
@@ -82,10 +91,23 @@ class NbdConfig(_Table, frozen=True):
 
 
 class FuseConfig(_Table, frozen=True):
-    """`[fuse]`: every namespace is a file of its name below the mountpoint."""
+    """`[fuse]`: every namespace is a file of its name below the mountpoint.
+
+    `owner` is a user, or user:group, by name or number; None is whoever runs the daemon.
+    """
 
     mountpoint: str
+    engine: FuseEngine = "auto"
     allow_other: bool = False
+    owner: str | None = None
+    mode: str = "0600"
+    options: list[str] = []
+    punch: bool = False
+    request_timeout_seconds: int = 60
+
+    @property
+    def mode_bits(self) -> int:
+        return int(self.mode, 8)
 
 
 class ControlConfig(_Table, frozen=True):
@@ -359,7 +381,30 @@ def _check_exports(file: Path, config: Config, names: list[str]) -> None:
                 f"{mountpoint!r} is not an absolute path",
                 hint="start it with /",
             )
+        _check_fuse(file, config.fuse)
     _check_paths(file, config)
+
+
+def _check_fuse(file: Path, fuse: FuseConfig) -> None:
+    if not MODE.fullmatch(fuse.mode):
+        raise ConfigError(
+            file, "fuse.mode", f'"{fuse.mode}" is no file mode', hint='in octal, e.g. "0660"'
+        )
+    for index, option in enumerate(fuse.options):
+        if option not in MOUNT_OPTIONS:
+            raise ConfigError(
+                file,
+                f"fuse.options[{index}]",
+                f'"{option}" is not known',
+                hint="choose from " + ", ".join(MOUNT_OPTIONS),
+            )
+    if not 0 <= fuse.request_timeout_seconds <= REQUEST_TIMEOUT_SECONDS_MAX:
+        raise ConfigError(
+            file,
+            "fuse.request_timeout_seconds",
+            f"{fuse.request_timeout_seconds} cannot be",
+            hint=f"0 (never) to {REQUEST_TIMEOUT_SECONDS_MAX}",
+        )
 
 
 def _check_paths(file: Path, config: Config) -> None:

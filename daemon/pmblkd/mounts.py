@@ -26,6 +26,7 @@ class Mount(msgspec.Struct, frozen=True):
     path: Path
     file_system: str  # "fuse.pmblk" for ours
     source: str
+    minor: int  # of its device; for FUSE the number of the connection
 
 
 def _all() -> Iterator[Mount]:
@@ -33,7 +34,8 @@ def _all() -> Iterator[Mount]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = [_OCTAL.sub(lambda match: chr(int(match[1], 8)), field) for field in line.split()]
         dash = fields.index("-")
-        yield Mount(Path(fields[4]), fields[dash + 1], fields[dash + 2])
+        minor = int(fields[2].partition(":")[2])
+        yield Mount(Path(fields[4]), fields[dash + 1], fields[dash + 2], minor)
 
 
 def find(path: Path) -> Mount | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
-from pmblkd import loop, mounts
-from pmblkd.config import RUNTIME_DIRECTORY, Config, NamespaceConfig
+from pmblkd import loop, mounts, rights
+from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
 
@@ -23,6 +23,7 @@ def check(file: Path, config: Config) -> None:
     _check_sockets(file, config, set())
     if config.fuse is not None:
         _check_mountpoint(file, Path(config.fuse.mountpoint))
+        _check_owner(file, config.fuse)
 
 
 def check_new(
@@ -143,3 +144,10 @@ def _check_mountpoint(file: Path, mountpoint: Path) -> None:
         mounts.check_mountpoint(mountpoint)
     except PmblkError as error:
         raise ConfigError(file, "fuse.mountpoint", error.message, hint=error.hint) from None
+
+
+def _check_owner(file: Path, fuse: FuseConfig) -> None:
+    try:
+        rights.rights_of(fuse)
+    except PmblkError as error:
+        raise ConfigError(file, "fuse.owner", error.message, hint=error.hint) from None

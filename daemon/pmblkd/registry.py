@@ -36,6 +36,9 @@ class Served:
         self.created = created  # its file, by us
         self.number = 0  # the registry's
         self.users = 0
+        self.dax_opens = 0  # of its users, those whose mappings are the media themselves
+        self.was_dax = False  # such mappings may have outlived their opens
+        self.dax_kept_out = False  # for now: `pmblkd.fuse.mappings`
         self.draining = False
         self.closed = False
         self._unused = trio.Event()

@@ -47,7 +47,11 @@ def plan(old: Config, new: Config, *, draining: Sequence[NamespaceConfig] = ()) 
         remove=remove,
         switch=[after for before, after in kept if _switches(before, after)],
         grow=[after for before, after in kept if _grows(before, after)],
-        changed=[*_changed_nbd(old, new), *_changed_daemon(old.daemon, new.daemon)],
+        changed=[
+            *_changed_nbd(old, new),
+            *_changed_daemon(old.daemon, new.daemon),
+            *(f"namespace.{old.name}.dax" for old, new in kept if old.dax != new.dax),
+        ],
         refused=refused,
     )
 

@@ -18,8 +18,9 @@ import trio
 from pmblk import PmblkError, switching
 from pmblkd import config, log, preflight, report_of
 from pmblkd.config import Config, NamespaceConfig
+from pmblkd.fuse import mappings
+from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
-from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
 from pmblkd.registry import Registry, Served, open_served
 from pmblkd.reload_plan import Plan, plan
@@ -43,7 +44,7 @@ class Reloader:
         registry: Registry,
         spinner: Spinner,
         nbd: NbdServer | None,
-        fuse: Pyfuse3Engine | None,
+        fuse: Engine | None,
     ) -> None:
         self.config = config
         self._file = file
@@ -143,6 +144,10 @@ class Reloader:
             self._nbd.default = new.default_export
             self._nbd.max_connections = new.nbd.max_connections
         self._spinner.seconds = new.daemon.busy_poll_us / 1e6
+        for one in new.namespace:
+            if f"namespace.{one.name}.dax" in keys:
+                served = self._registry.named(one.name)
+                served.config = msgspec.structs.replace(served.config, dax=one.dax)
         if "daemon.log_level" in keys:
             log.configure(new.daemon.log_level)
         self.config = self._in_force(new, listens="nbd.listen" in changed)
@@ -198,11 +203,13 @@ class Reloader:
     ) -> list[SwitchReport]:
         switched = []
         for one in namespaces:
-            namespace = self._registry.named(one.name).namespace
+            served = self._registry.named(one.name)
+            namespace = served.namespace
             options = config.representation_options(one)
             before = report_of.representation(namespace.representation)
             try:
-                done = await switching.switch(namespace, one.representation_kind, options)
+                async with mappings.kept_out(served, one.representation_kind):
+                    done = await switching.switch(namespace, one.representation_kind, options)
             except PmblkError as error:
                 key = f"namespace.{one.name}.representation"
                 refused.append(Refusal(key=key, reason=str(error)))

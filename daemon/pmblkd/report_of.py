@@ -15,7 +15,7 @@ from pmblk.nvme.data_pointer import PrpList, Sgl
 from pmblk.representations import Representation
 from pmblk.switching import Switched
 from pmblkd.config import Config
-from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
+from pmblkd.fuse.engine import Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.registry import Served
 from pmblkd.reports import (
@@ -30,7 +30,7 @@ from pmblkd.reports import (
 )
 
 
-def namespace(served: Served, config: Config, fuse: Pyfuse3Engine | None) -> NamespaceReport:
+def namespace(served: Served, config: Config, fuse: Engine | None) -> NamespaceReport:
     """`config` is the one in force; `fuse` None where nothing is mounted."""
     namespace, media = served.namespace, served.namespace.media
     addresses = config.nbd.addresses if config.nbd is not None else []
@@ -53,11 +53,18 @@ def namespace(served: Served, config: Config, fuse: Pyfuse3Engine | None) -> Nam
     )
 
 
-def _fuse_report(served: Served, config: Config, fuse: Pyfuse3Engine | None) -> FuseReport | None:
+def _fuse_report(served: Served, config: Config, fuse: Engine | None) -> FuseReport | None:
     if config.fuse is None or fuse is None:
         return None
     path = Path(config.fuse.mountpoint) / served.name
-    return FuseReport(path=str(path), engine=fuse.name, discards=fuse.discards)
+    way, reason = fuse.dax(served)
+    return FuseReport(
+        path=str(path),
+        engine=fuse.name,
+        discards=fuse.discards,
+        dax=way.value,
+        dax_reason=reason,
+    )
 
 
 def _uri(address: Address, name: str) -> str:

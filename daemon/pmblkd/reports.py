@@ -25,11 +25,16 @@ class RepresentationReport(Report, frozen=True):
 
 
 class FuseReport(Report, frozen=True):
-    """The namespace's file. `discards`: whether the engine delivers them."""
+    """The namespace's file. `discards`: whether the engine delivers them.
+
+    `dax`: the way of its bytes when it is opened next ("dax", "fast", "off"), and why not another.
+    """
 
     path: str
     engine: str
     discards: bool
+    dax: str
+    dax_reason: str
 
 
 class NamespaceReport(Report, frozen=True):

@@ -19,18 +19,20 @@ import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import loop, mounts, preflight, report_of, systemd
+from pmblkd import io_flusher, loop, mounts, preflight, report_of, systemd
 from pmblkd.answers import Answers
 from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
+from pmblkd.fuse import engine
+from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import Files
-from pmblkd.fuse.pyfuse3_engine import Pyfuse3Engine
 from pmblkd.nbd.server import NbdServer
 from pmblkd.questions import Question
 from pmblkd.registry import Registry, open_served
 from pmblkd.reloader import FLUSH_SECONDS, Reloader
 from pmblkd.reports import NamespaceReport, ReloadReport
+from pmblkd.rights import rights_of
 from pmblkd.spin import Spinner
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -48,8 +50,8 @@ class Service:
         self._registry = Registry()
         self._spinner = Spinner(config.daemon.busy_poll_us)
         self._nbd: NbdServer | None = None
-        self._fuse: Pyfuse3Engine | None = None
-        self._files = Files(self._registry)
+        self._fuse: Engine | None = None
+        self._files: Files | None = None
         self._reloader: Reloader | None = None
         self._born = time.monotonic()
         self._serving = trio.CancelScope()
@@ -144,13 +146,15 @@ class Service:
     def _mount(self, mountpoint: Path, undo: contextlib.ExitStack) -> None:
         fuse = self._config.fuse
         assert fuse is not None
+        if refusal := io_flusher.become():
+            _log.info("no IO flusher: when memory is short, waits may be long", reason=refusal)
         if mounts.check_mountpoint(mountpoint):
             _take_away(mountpoint)
         if not mountpoint.exists():
             mountpoint.mkdir()
             undo.callback(_remove_empty, mountpoint)
-        self._fuse = Pyfuse3Engine(self._files, mountpoint, allow_other=fuse.allow_other)
-        self._fuse.mount()
+        self._files = Files(self._registry, rights=rights_of(fuse), punch=fuse.punch)
+        self._fuse = engine.mounted(fuse, self._files, self._spinner)
         undo.callback(self._fuse.unmount)
 
     # ---- serve and stop
@@ -162,7 +166,8 @@ class Service:
             if self._fuse is not None:
                 nursery.start_soon(self._run_fuse, self._fuse)
 
-    async def _run_fuse(self, fuse: Pyfuse3Engine) -> None:
+    async def _run_fuse(self, fuse: Engine) -> None:
+        assert self._files is not None
         await fuse.run()
         self._fuse = None
         self._files.disconnected()
@@ -194,7 +199,7 @@ class Service:
         if self._nbd is not None:
             self._nbd.stop()
         if self._fuse is not None:
-            if self._files.users:
+            if self._files is not None and self._files.users:
                 _log.warning(
                     "files are open: what their users have not synced is lost to them",
                     opens=self._files.users,

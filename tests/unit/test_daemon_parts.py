@@ -45,7 +45,10 @@ def test_an_address_of_another_machine_is_said() -> None:
 
 
 def test_mounts_are_found_by_their_exact_path() -> None:
-    assert mounts.find(Path("/proc")) == mounts.Mount(Path("/proc"), "proc", "proc")
+    found = mounts.find(Path("/proc"))
+    assert found is not None
+    assert (found.path, found.file_system, found.source) == (Path("/proc"), "proc", "proc")
+    assert os.minor(os.stat("/proc").st_dev) == found.minor
     assert mounts.find(Path("/proc/self")) is None
 
 

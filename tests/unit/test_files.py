@@ -91,7 +91,7 @@ def test_users_are_counted_from_open_to_release(files: Files) -> None:
 
 async def test_a_file_that_drains_is_gone_but_for_those_who_have_it_open(files: Files) -> None:
     files.open(2, os.O_RDWR)
-    served = files._served(2)
+    served = files.served(2)
     served.draining = True
     assert [name for name, _ in files.entries()] == ["ro"]
     with refused(errno.ENOENT):

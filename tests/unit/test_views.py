@@ -63,7 +63,10 @@ def test_a_switch_is_one_line_with_the_options_that_are_not_the_defaults() -> No
 
 
 def test_a_list_names_the_exports_and_of_one_that_drains_the_users() -> None:
-    nbd, fuse = ["nbd://h:1/ns1"], FuseReport(path="/m/ns1", engine="pyfuse3", discards=False)
+    nbd, fuse = (
+        ["nbd://h:1/ns1"],
+        FuseReport(path="/m/ns1", engine="kernel", discards=True, dax="dax", dax_reason=""),
+    )
     view = views.namespaces([namespace_report(nbd=nbd, fuse=fuse, reserve_bytes=4096)], columns=80)
     assert_fits(view)
     assert {"nbd://h:1/ns1", "/m/ns1"} <= set(view.split())

@@ -147,6 +147,22 @@ class Media:
         for position, piece in slices(offset, length, slice_bytes=len(ZEROES)):
             self.store(position, ZEROES[:piece])
 
+    def stored_elsewhere(self) -> None:
+        """Somebody else stores to the file, or may have: the next sync has to reach all of it."""
+        self.durability.layout_changed()
+
+    def cut_excess(self) -> int:
+        """Cut off what somebody else wrote past the end of the file; how many bytes that were."""
+        excess = os.fstat(self._fd).st_size - self.file_bytes
+        if excess <= 0:
+            return 0
+        os.ftruncate(self._fd, self.file_bytes)
+        return excess
+
+    def fileno(self) -> int:
+        """The file's descriptor, which stays the media's own."""
+        return self._fd
+
     def allocated_bytes(self) -> int:
         """What the file occupies, as its file system counts it."""
         return os.fstat(self._fd).st_blocks * 512

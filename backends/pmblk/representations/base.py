@@ -88,6 +88,7 @@ class Representation(abc.ABC):
 
     kind: ClassVar[str]
     io_bytes_max: int | None = None  # more than this at once can never be held or written
+    keeps_copies: ClassVar[bool] = False  # beside the media, which may then be out of date
     has_windows = False  # whether `window` is worth asking for
 
     def __init__(self, media: Media, options: Options) -> None:

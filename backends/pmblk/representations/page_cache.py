@@ -50,6 +50,7 @@ class PageCacheRepresentation(Representation):
                 raise ValueError(f"arena {self.arena} is not at least 1MiB in whole 4 KiB pages")
 
     kind = "page-cache"
+    keeps_copies = True
     io_bytes_max: int
 
     def __init__(self, media: Media, options: Options) -> None:

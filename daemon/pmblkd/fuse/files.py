@@ -1,4 +1,4 @@
-"""What file operations mean: a directory with a file a namespace. Knows no FUSE library.
+"""What file operations mean: a directory with a file a namespace. Knows no FUSE protocol.
 
 Inode 1 is the directory; a namespace's file has its number in the registry and one more, so no
 inode ever means another file. A file's size is its namespace's and cannot be changed by its users,
@@ -6,8 +6,9 @@ a write past the end finds no space, fsync is a flush, and the tree cannot be ch
 that drains has left the directory; its open files go on. Whatever is refused is an OSError with
 the errno that the kernel is to see.
 
-`read`, `write` and `sync` go through `Namespace.execute`, so bounds, read-only rules and
-statuses are those of every other front end.
+Data operations become commands for `Namespace.execute`, so bounds, read-only rules and statuses
+are those of every other front end. The engine that speaks the protocol itself takes the commands
+(`to_read` and its like) and runs them; a library that wants results awaits `read`, `write`, `sync`.
 """
 
 import errno
@@ -21,11 +22,28 @@ import msgspec
 
 from pmblk import Command, Namespace
 from pmblk.media import ZEROES
-from pmblk.nvme.command import FLUSH, READ, WRITE, Hole
+from pmblk.nvme.command import (
+    ALLOCATE,
+    FIRST_EXTENT,
+    FLUSH,
+    GET_LBA_STATUS,
+    KEEP,
+    PREALLOCATE,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Hole,
+)
 from pmblkd.registry import Registry, Served
+from pmblkd.rights import Rights
 from pmblkd.statuses import errno_of
 
 ROOT_INODE = 1
+
+# linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
 
 
 class Attributes(msgspec.Struct, frozen=True):
@@ -36,7 +54,12 @@ class Attributes(msgspec.Struct, frozen=True):
     size: int
     allocated: int
     time_ns: int
+    uid: int
+    gid: int
     links: int = 1
+
+
+Work = tuple[Namespace, Command]
 
 
 def refuse(code: int) -> OSError:
@@ -44,8 +67,16 @@ def refuse(code: int) -> OSError:
 
 
 class Files:
-    def __init__(self, registry: Registry) -> None:
+    """`punch`: a hole that is punched gives its memory back; else it is zeroed and keeps it, so
+    that no write to it ever has to find memory (which may be what the kernel is short of).
+    """
+
+    def __init__(
+        self, registry: Registry, *, rights: Rights | None = None, punch: bool = False
+    ) -> None:
         self._registry = registry
+        self._rights = rights or Rights(os.getuid(), os.getgid())
+        self._punch = punch
         self._born_ns = time.time_ns()
         self._opens: Counter[int] = Counter()  # by inode, those without their release
         self.users = 0  # opens without their release
@@ -60,13 +91,15 @@ class Files:
         raise refuse(errno.ENOENT)
 
     def attributes(self, inode: int) -> Attributes:
+        uid, gid, mode = self._rights.uid, self._rights.gid, self._rights.mode
+        born = self._born_ns
         if inode == ROOT_INODE:
-            mode = stat.S_IFDIR | 0o555
-            return Attributes(inode, mode, 0, 0, self._born_ns, links=2)
+            return Attributes(inode, stat.S_IFDIR | 0o555, 0, 0, born, uid, gid, links=2)
         namespace = self._namespace(inode)
-        mode = stat.S_IFREG | (0o400 if namespace.read_only else 0o600)
+        if namespace.read_only:
+            mode &= ~0o222
         allocated = namespace.media.allocated_bytes()
-        return Attributes(inode, mode, namespace.size, allocated, self._born_ns)
+        return Attributes(inode, stat.S_IFREG | mode, namespace.size, allocated, born, uid, gid)
 
     def entries(self) -> Iterator[tuple[str, int]]:
         """The directory's names with their inodes, in inode order."""
@@ -78,9 +111,9 @@ class Files:
         if size != self._namespace(inode).size:
             raise refuse(errno.EPERM)
 
-    def open(self, inode: int, flags: int) -> None:
+    def open(self, inode: int, flags: int) -> Served:
         """Emptying a file at its opening would be a truncation, and is refused like one."""
-        served = self._served(inode)
+        served = self.served(inode)
         if served.draining:
             raise refuse(errno.ENOENT)
         if served.namespace.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
@@ -90,12 +123,17 @@ class Files:
         served.enter()
         self._opens[inode] += 1
         self.users += 1
+        return served
 
-    def release(self, inode: int) -> None:
+    def release(self, inode: int) -> Served:
         """The last close(2) of an open."""
+        if not self._opens[inode]:
+            raise refuse(errno.EBADF)
+        served = self.served(inode)
         self._opens[inode] -= 1
         self.users -= 1
-        self._served(inode).leave()
+        served.leave()
+        return served
 
     def disconnected(self) -> None:
         """The mount is gone, and with it every open: no release will come."""
@@ -108,7 +146,57 @@ class Files:
         allocated = sum(namespace.media.allocated_bytes() for namespace in namespaces)
         return sum(namespace.size for namespace in namespaces), allocated
 
-    # ---- the data
+    # ---- the data, as commands
+
+    def to_read(self, inode: int, offset: int, length: int) -> Work:
+        """Up to `length` bytes, fewer at the end of the file, none past it."""
+        namespace = self._namespace(inode)
+        length = max(0, min(length, namespace.size - offset))
+        return namespace, Command(READ, 0, offset if length else 0, length)
+
+    def to_write(self, inode: int, offset: int, data: "bytes | memoryview") -> Work:
+        """All of `data`, or what fits before the end; ENOSPC when nothing does."""
+        namespace = self._namespace(inode)
+        length = len(data)
+        room = namespace.size - offset
+        if length > room:
+            if room <= 0:
+                raise refuse(errno.ENOSPC)
+            length, data = room, memoryview(data)[:room]
+        return namespace, Command(WRITE, 0, offset, length, payload=data)
+
+    def to_sync(self, inode: int) -> Work:
+        return self._namespace(inode), Command(FLUSH, 0, 0, 0)
+
+    def to_allocate(self, inode: int, mode: int, offset: int, length: int) -> Work:
+        """fallocate(2): memory for a range, a hole, or zeroes. The size never changes.
+
+        A hole may reach past the end, where there is nothing; the others find no space there.
+        """
+        namespace = self._namespace(inode)
+        if mode == FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE:
+            length = max(0, min(length, namespace.size - offset))
+            flags = 0 if self._punch else KEEP
+            return namespace, Command(WRITE_ZEROES, flags, offset if length else 0, length)
+        if mode & ~FALLOC_FL_KEEP_SIZE not in (0, FALLOC_FL_ZERO_RANGE):
+            raise refuse(errno.EOPNOTSUPP)
+        if length > namespace.size - offset:
+            raise refuse(errno.ENOSPC)
+        if mode & FALLOC_FL_ZERO_RANGE:
+            return namespace, Command(WRITE_ZEROES, ALLOCATE, offset, length)
+        return namespace, Command(PREALLOCATE, 0, offset, length)
+
+    def to_seek(self, inode: int, offset: int, whence: int) -> Work:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; `found` reads the answer."""
+        namespace = self._namespace(inode)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise refuse(errno.EINVAL)
+        if not offset < namespace.size:
+            raise refuse(errno.ENXIO)
+        length = namespace.size - offset
+        return namespace, Command(GET_LBA_STATUS, FIRST_EXTENT, offset, length)
+
+    # ---- the data, for a library that waits for results
 
     async def read(self, inode: int, offset: int, length: int) -> "memoryview | bytes":
         """Up to `length` bytes, fewer at the end of the file, none past it.
@@ -116,36 +204,24 @@ class Files:
         The view is the memory itself. It is valid until the next await: the caller hands it to the
         kernel at once.
         """
-        namespace = self._namespace(inode)
-        length = min(length, namespace.size - offset)
-        if length <= 0:
-            return b""
-        command = Command(READ, 0, offset, length)
+        namespace, command = self.to_read(inode, offset, length)
         await self._run(namespace, command)
-        segments = command.segments or ()
-        if len(segments) == 1:
-            (segment,) = segments
-            data = _zeroes(segment.length) if isinstance(segment, Hole) else segment
-        else:
-            data = b"".join(
-                _zeroes(segment.length) if isinstance(segment, Hole) else segment
-                for segment in segments
-            )
+        segments = [
+            zeroes(segment.length) if isinstance(segment, Hole) else segment
+            for segment in command.segments or ()
+        ]
+        data = segments[0] if len(segments) == 1 else b"".join(segments)
         namespace.release((command,))
         return data
 
     async def write(self, inode: int, offset: int, data: "bytes | memoryview") -> int:
         """All of `data`, or what fits before the end; ENOSPC when nothing does."""
-        namespace = self._namespace(inode)
-        length = min(len(data), max(0, namespace.size - offset))
-        if length == 0 and len(data):
-            raise refuse(errno.ENOSPC)
-        payload = data if length == len(data) else memoryview(data)[:length]
-        await self._run(namespace, Command(WRITE, 0, offset, length, payload=payload))
-        return length
+        namespace, command = self.to_write(inode, offset, data)
+        await self._run(namespace, command)
+        return command.length
 
     async def sync(self, inode: int) -> None:
-        await self._run(self._namespace(inode), Command(FLUSH, 0, 0, 0))
+        await self._run(*self.to_sync(inode))
 
     async def _run(self, namespace: Namespace, command: Command) -> None:
         waiting = namespace.execute((command,))
@@ -155,9 +231,10 @@ class Files:
             raise refuse(errno_of(command.status, command.opcode))
 
     def _namespace(self, inode: int) -> Namespace:
-        return self._served(inode).namespace
+        return self.served(inode).namespace
 
-    def _served(self, inode: int) -> Served:
+    def served(self, inode: int) -> Served:
+        """What the file is. Raises OSError (EISDIR, ENOENT)."""
         served = self._registry.numbered(inode - ROOT_INODE)
         if served is None:
             raise refuse(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
@@ -168,5 +245,21 @@ def inode_of(served: Served) -> int:
     return served.number + ROOT_INODE
 
 
-def _zeroes(length: int) -> "memoryview | bytes":
+def found(command: Command, whence: int) -> int:
+    """Where the data or the hole begins that `to_seek` asked for. Past the data: ENXIO.
+
+    Extents alternate, so what is not in the first one begins at its end; the end of the file
+    counts as a hole.
+    """
+    assert command.extents
+    extent = command.extents[0]
+    if extent.hole == (whence == os.SEEK_HOLE):
+        return command.offset
+    end = extent.offset + extent.length
+    if whence == os.SEEK_DATA and end == command.offset + command.length:
+        raise refuse(errno.ENXIO)
+    return end
+
+
+def zeroes(length: int) -> "memoryview | bytes":
     return ZEROES[:length] if length <= len(ZEROES) else bytes(length)

@@ -18,7 +18,9 @@ import pyfuse3
 import structlog
 
 from pmblk import PmblkError
+from pmblkd.fuse.dax import Way
 from pmblkd.fuse.files import ROOT_INODE, Attributes, Files, refuse
+from pmblkd.registry import Served
 
 IO_BYTES_MAX = 1 << 20  # what libfuse negotiates for one request
 BLOCK_BYTES = 4096
@@ -34,10 +36,12 @@ class Pyfuse3Engine:
     name = "pyfuse3"
     discards = False
 
-    def __init__(self, files: Files, mountpoint: Path, *, allow_other: bool) -> None:
+    def __init__(
+        self, files: Files, mountpoint: Path, *, allow_other: bool, options: list[str]
+    ) -> None:
         self._operations = _Operations(files)
         self._mountpoint = mountpoint
-        self._options = {"fsname=pmblk", "subtype=pmblk", "default_permissions"}
+        self._options = {"fsname=pmblk", "subtype=pmblk", "default_permissions", *options}
         if allow_other:
             self._options.add("allow_other")
         self._mounted = False
@@ -53,6 +57,9 @@ class Pyfuse3Engine:
                 hint="is /dev/fuse there, and may this user mount (root, or fusermount3)?",
             ) from error
         self._mounted = True
+
+    def dax(self, _served: Served) -> tuple[Way, str]:
+        return Way.DAEMON, "the pyfuse3 engine has no passthrough"
 
     async def run(self) -> None:
         """Until `stop`, or until somebody unmounts."""
@@ -92,7 +99,6 @@ class _Operations(pyfuse3.Operations):
     def __init__(self, files: Files) -> None:
         super().__init__()
         self._files = files
-        self._owner = os.getuid(), os.getgid()
 
     async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         with _errors():
@@ -172,7 +178,7 @@ class _Operations(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = ATTRIBUTE_SECONDS
         entry.st_mode = attributes.mode
         entry.st_nlink = attributes.links
-        entry.st_uid, entry.st_gid = self._owner
+        entry.st_uid, entry.st_gid = attributes.uid, attributes.gid
         entry.st_rdev = 0
         entry.st_size = attributes.size
         entry.st_blksize = IO_BYTES_MAX

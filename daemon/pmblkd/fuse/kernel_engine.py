@@ -1,0 +1,252 @@
+"""The kernel engine: `Files` over the FUSE protocol itself, on the daemon's own trio loop.
+
+The way of an I/O: one wake-up; then one request after the other is read, executed and answered on
+the spot until none is left, each with one read and one write on /dev/fuse. What a read found is
+sent from memory itself; a write is stored from the buffer that it arrived in. No task and no copy
+is made but for a command that has to wait: that gets a task, which answers it when it is done.
+
+It can do what libfuse's bindings cannot: holes, lseek, a time-out in the kernel, and clients that
+map the media themselves (`pmblkd.fuse.passthrough`).
+"""
+
+import contextlib
+import errno
+import os
+import select
+import time
+from pathlib import Path
+
+import structlog
+import trio
+
+from pmblk import PmblkError
+from pmblk.media.syscalls import anonymous
+from pmblkd import mounts
+from pmblkd.fuse import mounting, passthrough
+from pmblkd.fuse.dax import Way
+from pmblkd.fuse.files import Files
+from pmblkd.fuse.passthrough import Passthrough
+from pmblkd.fuse.session import (
+    IO_BYTES_MAX,
+    MESSAGE_BYTES_MAX,
+    Reply,
+    Session,
+    Work,
+    error_reply,
+)
+from pmblkd.fuse.wire import IN_HEADER_START, Init
+from pmblkd.registry import Served
+from pmblkd.spin import Spinner
+
+HELLO_SECONDS = 5
+BATCH_REQUESTS = 64
+BATCH_BYTES = 4 * IO_BYTES_MAX  # then the others get a turn
+UNMOUNT_SECONDS = 5
+
+_log = structlog.get_logger(__name__)
+
+
+class KernelEngine:
+    """Mount with `mount`, serve with `run` until `stop`, and always `unmount`."""
+
+    name = "kernel"
+    discards = True
+
+    def __init__(
+        self,
+        files: Files,
+        mountpoint: Path,
+        *,
+        allow_other: bool,
+        options: list[str],
+        request_timeout_seconds: int,
+        spinner: Spinner,
+    ) -> None:
+        self._files = files
+        self._mountpoint = mountpoint
+        self._allow_other = allow_other
+        self._options = options
+        self._doors = Passthrough()
+        self._session = Session(files, self._doors, request_timeout_seconds=request_timeout_seconds)
+        self._spinner = spinner
+        self._fd = -1
+        self._poll = select.poll()
+        self._mount: mounts.Mount | None = None
+        self._buffer = memoryview(anonymous(MESSAGE_BYTES_MAX))
+        self._stop = trio.Event()
+        self._serving = trio.CancelScope()
+        self._works: trio.Nursery
+
+    # ---- the mount
+
+    def mount(self) -> None:
+        """Mounted, and on terms with the kernel. Raises PmblkError; then nothing is mounted."""
+        self._fd = mounting.mount(
+            self._mountpoint, allow_other=self._allow_other, options=self._options
+        )
+        self._mount = mounts.find(self._mountpoint)
+        self._poll.register(self._fd, select.POLLIN)
+        try:
+            self._shake_hands()
+        except BaseException:
+            self.unmount()
+            raise
+        self._doors.attach(self._fd, refusal=self._passthrough_refusal())
+
+    def _shake_hands(self) -> None:
+        """INIT is the first message, and it is there as soon as mount(2) returns."""
+        while not self._session.minor:
+            if not self._poll.poll(HELLO_SECONDS * 1000):
+                raise PmblkError(f"the kernel's FUSE said nothing in {HELLO_SECONDS} s")
+            count = self._read()
+            if count is None:
+                raise PmblkError("the mount ended at once")
+            if count:
+                self._handle(self._buffer[:count])
+            if self._session.refusal:
+                raise PmblkError(self._session.refusal, hint='choose engine = "pyfuse3"')
+
+    def _passthrough_refusal(self) -> str:
+        if not self._session.agreed & Init.PASSTHROUGH:
+            return "this kernel has no passthrough (Linux 6.9 has)"
+        probe = os.memfd_create("pmblk-probe", os.MFD_CLOEXEC)
+        try:
+            passthrough.unregister(self._fd, passthrough.register(self._fd, probe))
+        except OSError as error:
+            return passthrough.explain(error)
+        finally:
+            os.close(probe)
+        return ""
+
+    def unmount(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)  # first: a client's page that is still dirty would wait for us for ever
+            if self._mount is not None and mounts.find(self._mountpoint) == self._mount:
+                with contextlib.suppress(PmblkError):
+                    mounts.unmount(self._mountpoint)
+
+    def dax(self, served: Served) -> tuple[Way, str]:
+        """How the bytes of its file go, and why not another way."""
+        return self._doors.describe(served)
+
+    def forget_name(self, _name: str) -> None:
+        """The kernel asks for every name anew."""
+
+    def forget_size(self, inode: int) -> None:
+        """A file has another size. Attributes only: this cannot block."""
+        self._send(Session.resized(inode))
+
+    # ---- serve and stop
+
+    async def run(self) -> None:
+        """Until `stop`, or until somebody unmounts."""
+        async with trio.open_nursery() as works:
+            self._works = works
+            with self._serving:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._unmount_when_told)
+                    await self._serve()
+                    nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """No further requests; what has arrived is still answered."""
+        self._stop.set()
+
+    async def _unmount_when_told(self) -> None:
+        """Off the tree while we still answer, so that dirty pages of clients can reach us.
+
+        That ends the mount, and `run` with it, unless somebody has a file open: he is cut off.
+        """
+        await self._stop.wait()
+        with trio.move_on_after(UNMOUNT_SECONDS):
+            try:
+                await trio.to_thread.run_sync(
+                    mounts.unmount, self._mountpoint, abandon_on_cancel=True
+                )
+            except PmblkError as error:
+                _log.warning("not unmounted", reason=str(error))
+        self._serving.cancel()
+
+    async def _serve(self) -> None:
+        """One request after the other until the mount is gone."""
+        requests = moved = 0
+        while (count := self._read()) is not None:
+            if count:
+                self._handle(self._buffer[:count])
+                requests += 1
+                moved += count
+                if requests < BATCH_REQUESTS and moved < BATCH_BYTES:
+                    continue
+                await trio.lowlevel.checkpoint()
+            else:
+                await self._wait(requests)
+            requests = moved = 0
+
+    async def _wait(self, requests: int) -> None:
+        """For the next request; `requests` were answered since the last wait."""
+        self._spinner.answered(requests)
+        if requests and self._spinner.worth_it(self):
+            end = time.perf_counter() + self._spinner.seconds
+            while time.perf_counter() < end:
+                if self._poll.poll(0):
+                    return
+            self._spinner.missed()
+        started = time.perf_counter()
+        await trio.lowlevel.wait_readable(self._fd)
+        self._spinner.waited(time.perf_counter() - started)
+
+    # ---- one request
+
+    def _read(self) -> int | None:
+        """One message into the buffer, and its length; 0: none is there; None: no mount."""
+        try:
+            return os.readv(self._fd, (self._buffer,))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):  # ENOENT: taken back
+                return 0
+            if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                return None
+            raise
+
+    def _handle(self, message: memoryview) -> None:
+        try:
+            outcome = self._session.receive(message)
+            if isinstance(outcome, Work):
+                self._execute(outcome)
+            elif outcome is not None:
+                self._send(outcome)
+        except Exception:  # a defect of ours is EIO, not the mount's end
+            _log.exception("file operation failed")
+            unique = IN_HEADER_START.unpack_from(message)[2]
+            self._send(error_reply(unique, errno.EIO))
+
+    def _execute(self, work: Work) -> None:
+        if work.namespace.execute((work.command,)):
+            self._works.start_soon(self._complete, work)
+        else:
+            self._answer(work)
+
+    async def _complete(self, work: Work) -> None:
+        try:
+            rest = await work.namespace.complete((work.command,))
+            assert not rest, "one command alone waits for nobody of its own batch"
+        except BaseException:
+            work.namespace.release((work.command,))
+            raise
+        self._answer(work)
+
+    def _answer(self, work: Work) -> None:
+        try:
+            self._send(self._session.answer(work))
+        finally:
+            if work.command.leases:
+                work.namespace.release((work.command,))
+
+    def _send(self, reply: Reply) -> None:
+        """One write a reply. Whoever asked may be gone (ENOENT), and so may the mount (ENODEV)."""
+        try:
+            os.writev(self._fd, reply)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                raise

@@ -1,0 +1,145 @@
+"""Backing files: media that the kernel lets a client of the mount map as they are.
+
+The kernel takes a file descriptor and gives an id; an open that is answered with this id goes to
+that file. All opens of an inode at one time go the same way: the kernel refuses a mixture.
+
+Source: the kernel's Documentation/filesystems/fuse-passthrough.rst and fs/fuse/backing.c. The media
+must be a regular file that lies on no stacked file system, and it takes CAP_SYS_ADMIN.
+"""
+
+import errno
+import fcntl
+
+import msgspec
+import structlog
+
+from pmblkd.fuse import dax, wire
+from pmblkd.fuse.dax import Way
+from pmblkd.registry import Served
+
+_log = structlog.get_logger(__name__)
+
+
+class _Opened(msgspec.Struct):
+    way: Way
+    backing: int  # the kernel's id; 0 is none
+    opens: int = 0
+
+
+class Passthrough:
+    """The backing files of one mount."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._refusal = "not mounted"
+        self._opened: dict[int, _Opened] = {}  # by the namespace's number
+        self._refusals: dict[int, str] = {}  # what the kernel said of a namespace's file
+
+    def attach(self, device: int, *, refusal: str) -> None:
+        """`device` is /dev/fuse; `refusal`: why no file of this mount can be mapped, if so."""
+        self._fd = device
+        self._refusal = refusal
+
+    def open(self, served: Served) -> tuple[Way, int]:
+        opened = self._opened.get(served.number)
+        if opened is None:
+            opened = self._opened[served.number] = _Opened(*self._first_open(served))
+        opened.opens += 1
+        if opened.way is not Way.DAEMON:
+            served.dax_opens += 1
+            served.was_dax = True
+        return opened.way, opened.backing
+
+    def close(self, served: Served) -> None:
+        opened = self._opened[served.number]
+        opened.opens -= 1
+        if opened.way is not Way.DAEMON:
+            served.dax_opens -= 1
+        if opened.way is Way.FAST:
+            _cut_excess(served)
+        if opened.opens == 0:
+            del self._opened[served.number]
+            if opened.backing:
+                unregister(self._fd, opened.backing)
+
+    def synced(self, served: Served) -> None:
+        opened = self._opened.get(served.number)
+        if opened is None or opened.way is Way.DAEMON:
+            return
+        served.namespace.media.stored_elsewhere()
+        if opened.way is Way.FAST:
+            _cut_excess(served)
+
+    def describe(self, served: Served) -> tuple[Way, str]:
+        """The way that its next open will go, and why it is not another one."""
+        opened = self._opened.get(served.number)
+        way, reason = self._choose(served)
+        if opened is not None and opened.way is not way:
+            return opened.way, "its open files began that way; close them all"
+        return way, reason
+
+    def _first_open(self, served: Served) -> tuple[Way, int]:
+        way, _ = self._choose(served)
+        return way, 0 if way is Way.DAEMON else self._register(served)
+
+    def _choose(self, served: Served) -> tuple[Way, str]:
+        """Asks the kernel, once for each namespace, whether it takes the file."""
+        way, reason = dax.choose(served.config.dax, served.namespace)
+        if way is Way.DAEMON:
+            return way, reason
+        if served.dax_kept_out:
+            return Way.DAEMON, "it is being switched to a kind that keeps copies"
+        if self._refusal:
+            return Way.DAEMON, self._refusal
+        if served.number not in self._refusals:
+            self._refusals[served.number] = self._try(served)
+        reason = self._refusals[served.number]
+        return (Way.DAEMON, reason) if reason else (way, "")
+
+    def _try(self, served: Served) -> str:
+        try:
+            backing = self._register(served)
+        except OSError as error:
+            return explain(error)
+        unregister(self._fd, backing)
+        return ""
+
+    def _register(self, served: Served) -> int:
+        return register(self._fd, served.namespace.media.fileno())
+
+
+def register(device: int, fd: int) -> int:
+    """The kernel's id of `fd` as a backing file. Raises OSError."""
+    # A bytearray: with bytes, fcntl.ioctl gives the struct back and not the id.
+    backing: int = fcntl.ioctl(
+        device, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0))
+    )
+    return backing
+
+
+def unregister(device: int, backing: int) -> None:
+    """The kernel forgets the id; opens that were answered with it go on. Raises OSError."""
+    fcntl.ioctl(device, wire.BACKING_CLOSE, wire.BACKING_ID.pack(backing))
+
+
+def explain(error: OSError) -> str:
+    """Why the kernel refuses a backing file, in words that say what to do."""
+    if error.errno == errno.EPERM:
+        return "passthrough takes CAP_SYS_ADMIN"
+    if error.errno == errno.ELOOP:
+        return "its file lies on a stacked file system (overlay, FUSE); move it"
+    if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+        return "this kernel has no passthrough for its file (Linux 6.9 has, for regular files)"
+    return f"passthrough: {error.strerror}"
+
+
+def _cut_excess(served: Served) -> None:
+    """Nobody but us makes the file longer; past the daemon, a write at the end does."""
+    excess = served.namespace.media.cut_excess()
+    if excess:
+        _log.warning(
+            "a client wrote past the end: what it wrote there is cut off",
+            name=served.name,
+            bytes=excess,
+            hint='dax = "auto" has the daemon check every write',
+        )
