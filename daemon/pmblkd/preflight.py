@@ -11,10 +11,12 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.pmem import inspect
+from pmblk.representations import KINDS
 from pmblkd import loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
+from pmblkd.mappers import processes_that_map
 
 
 def check(file: Path, config: Config) -> None:
@@ -60,6 +62,7 @@ def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) ->
                 hint="give each namespace a file of its own",
             )
         _check_media(file, place, namespace)
+        _check_mappers(file, place, namespace)
         if config.fuse is not None and _is_served_by_us(namespace.file, config.fuse.mountpoint):
             raise ConfigError(
                 file,
@@ -130,6 +133,20 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
             f"cannot create files in {path.parent}",
             hint="mend its rights, or name another path",
         )
+
+
+def _check_mappers(file: Path, place: str, namespace: NamespaceConfig) -> None:
+    """A client of a daemon that was killed may still store to the media themselves."""
+    if KINDS[namespace.representation_kind].keeps_copies and namespace.file.exists():
+        pids = processes_that_map(namespace.file)
+        if pids:
+            raise ConfigError(
+                file,
+                f"{place}.path",
+                f"process {pids[0]} maps {namespace.path}, and "
+                f"{namespace.representation_kind} keeps copies of it",
+                hint="end it first, or choose another representation",
+            )
 
 
 def _is_ours_to_make(directory: Path) -> bool:

@@ -159,9 +159,13 @@ class Media:
         os.ftruncate(self._fd, self.file_bytes)
         return excess
 
-    def fileno(self) -> int:
-        """The file's descriptor, which stays the media's own."""
-        return self._fd
+    def open_again(self) -> int:
+        """Another descriptor of the file, the caller's to close, that does not hold our lock.
+
+        Whoever is given one of ours keeps the lock with it, past our end.
+        """
+        flags = os.O_RDONLY if self.read_only else os.O_RDWR
+        return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
 
     def allocated_bytes(self) -> int:
         """What the file occupies, as its file system counts it."""

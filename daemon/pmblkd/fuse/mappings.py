@@ -6,15 +6,13 @@ the descriptor that it was made with, and the daemon hears nothing of it. Only p
 """
 
 import contextlib
-import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import trio
 
 from pmblk import PmblkError
-from pmblk.media import Media
 from pmblk.representations import KINDS
+from pmblkd.mappers import processes_that_map
 from pmblkd.registry import Served
 
 _HINT = 'close it, set dax = "off" for the namespace, and open it again'
@@ -42,29 +40,9 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
         )
     if served.was_dax:
         # In a thread: the maps of a process that is busy with its memory can take their time.
-        pids = await trio.to_thread.run_sync(processes_that_map, served.namespace.media)
+        pids = await trio.to_thread.run_sync(processes_that_map, served.namespace.media.path)
         if pids:
             raise PmblkError(
                 f"{served.name}: {problem} process {pids[0]} maps them",
                 hint=f"end it (of {len(pids)}), or have it unmap the file",
             )
-
-
-def processes_that_map(media: Media) -> list[int]:
-    """Those that we may look at, without ourselves."""
-    status = os.fstat(media.fileno())
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    ours = (device, str(status.st_ino)), (str(media.path), str(status.st_ino))
-    found = []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        if int(maps.parts[2]) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
-            lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
-            # By device, or by path: btrfs shows one device here and another one in stat(2).
-            if any(
-                (fields[3], fields[4]) in ours or (fields[-1].strip(), fields[4]) in ours
-                for fields in lines
-            ):
-                found.append(int(maps.parts[2]))
-    return found

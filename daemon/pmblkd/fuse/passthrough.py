@@ -9,6 +9,7 @@ must be a regular file that lies on no stacked file system, and it takes CAP_SYS
 
 import errno
 import fcntl
+import os
 
 import msgspec
 import structlog
@@ -105,7 +106,11 @@ class Passthrough:
         return ""
 
     def _register(self, served: Served) -> int:
-        return register(self._fd, served.namespace.media.fileno())
+        fd = served.namespace.media.open_again()
+        try:
+            return register(self._fd, fd)
+        finally:
+            os.close(fd)
 
 
 def register(device: int, fd: int) -> int:
