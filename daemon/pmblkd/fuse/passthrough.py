@@ -16,6 +16,8 @@ import structlog
 
 from pmblkd.fuse import dax, wire
 from pmblkd.fuse.dax import Way
+from pmblkd.fuse.files import inode_of
+from pmblkd.mappers import on_mount
 from pmblkd.registry import Served
 
 _log = structlog.get_logger(__name__)
@@ -32,13 +34,18 @@ class Passthrough:
 
     def __init__(self) -> None:
         self._fd = -1
+        self._minor = 0
         self._refusal = "not mounted"
         self._opened: dict[int, _Opened] = {}  # by the namespace's number
         self._refusals: dict[int, str] = {}  # what the kernel said of a namespace's file
 
-    def attach(self, device: int, *, refusal: str) -> None:
-        """`device` is /dev/fuse; `refusal`: why no file of this mount can be mapped, if so."""
+    def attach(self, device: int, *, minor: int, refusal: str) -> None:
+        """`device` is /dev/fuse, `minor` the mount's device number.
+
+        `refusal`: why no file of this mount can be mapped, if so.
+        """
         self._fd = device
+        self._minor = minor
         self._refusal = refusal
 
     def open(self, served: Served) -> tuple[Way, int]:
@@ -48,7 +55,7 @@ class Passthrough:
         opened.opens += 1
         if opened.way is not Way.DAEMON:
             served.dax_opens += 1
-            served.was_dax = True
+            served.mapped_as = on_mount(self._minor, str(inode_of(served)))
         return opened.way, opened.backing
 
     def close(self, served: Served) -> None:
