@@ -152,7 +152,12 @@ class Media:
         self.durability.layout_changed()
 
     def cut_excess(self) -> int:
-        """Cut off what somebody else wrote past the end of the file; how many bytes that were."""
+        """Cut off what somebody else wrote past the end of the file; how many bytes that were.
+
+        A read-only file is its owner's to make longer. Raises OSError.
+        """
+        if self.read_only:
+            return 0
         excess = os.fstat(self._fd).st_size - self.file_bytes
         if excess <= 0:
             return 0
