@@ -24,12 +24,12 @@ async def kept_out(served: Served, kind: str) -> AsyncIterator[None]:
     if not KINDS[kind].keeps_copies:
         yield
         return
-    served.dax_kept_out = True  # before anybody is counted
+    served.dax_kept_out += 1  # before anybody is counted
     try:
         await _refuse_if_mapped(served, kind)
         yield
     finally:
-        served.dax_kept_out = False
+        served.dax_kept_out -= 1
 
 
 async def _refuse_if_mapped(served: Served, kind: str) -> None:
@@ -38,11 +38,17 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
         raise PmblkError(
             f"{served.name}: {problem} {served.dax_opens} open files may map them", hint=_HINT
         )
-    if served.was_dax:
-        # In a thread: the maps of a process that is busy with its memory can take their time.
-        pids = await trio.to_thread.run_sync(processes_that_map, served.namespace.media.path)
-        if pids:
-            raise PmblkError(
-                f"{served.name}: {problem} process {pids[0]} maps them",
-                hint=f"end it (of {len(pids)}), or have it unmap the file",
-            )
+    # In a thread: the maps of a process that is busy with its memory can take their time.
+    pids = await trio.to_thread.run_sync(_processes_that_map, served)
+    if pids:
+        raise PmblkError(
+            f"{served.name}: {problem} process {pids[0]} maps them",
+            hint=f"end it (of {len(pids)}), or have it unmap the file",
+        )
+
+
+def _processes_that_map(served: Served) -> list[int]:
+    """Also those that map the file itself, and not ours: their stores go to the media too."""
+    media = served.namespace.media
+    also = () if served.mapped_as is None else (served.mapped_as,)
+    return processes_that_map(media.path, media.status(), also=also)

@@ -16,7 +16,11 @@ import structlog
 
 from pmblkd.fuse import dax, wire
 from pmblkd.fuse.dax import Way
+from pmblkd.fuse.files import inode_of
+from pmblkd.mappers import on_mount
 from pmblkd.registry import Served
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # they pass
 
 _log = structlog.get_logger(__name__)
 
@@ -32,13 +36,18 @@ class Passthrough:
 
     def __init__(self) -> None:
         self._fd = -1
+        self._minor = 0
         self._refusal = "not mounted"
         self._opened: dict[int, _Opened] = {}  # by the namespace's number
         self._refusals: dict[int, str] = {}  # what the kernel said of a namespace's file
 
-    def attach(self, device: int, *, refusal: str) -> None:
-        """`device` is /dev/fuse; `refusal`: why no file of this mount can be mapped, if so."""
+    def attach(self, device: int, *, minor: int, refusal: str) -> None:
+        """`device` is /dev/fuse, `minor` the mount's device number.
+
+        `refusal`: why no file of this mount can be mapped, if so.
+        """
         self._fd = device
+        self._minor = minor
         self._refusal = refusal
 
     def open(self, served: Served) -> tuple[Way, int]:
@@ -48,7 +57,7 @@ class Passthrough:
         opened.opens += 1
         if opened.way is not Way.DAEMON:
             served.dax_opens += 1
-            served.was_dax = True
+            served.mapped_as = on_mount(self._minor, str(inode_of(served)))
         return opened.way, opened.backing
 
     def close(self, served: Served) -> None:
@@ -56,12 +65,12 @@ class Passthrough:
         opened.opens -= 1
         if opened.way is not Way.DAEMON:
             served.dax_opens -= 1
-        if opened.way is Way.FAST:
-            _cut_excess(served)
         if opened.opens == 0:
             del self._opened[served.number]
             if opened.backing:
                 unregister(self._fd, opened.backing)
+        if opened.way is Way.FAST:
+            _cut_excess(served)  # last, for it can fail
 
     def synced(self, served: Served) -> None:
         opened = self._opened.get(served.number)
@@ -81,10 +90,15 @@ class Passthrough:
 
     def _first_open(self, served: Served) -> tuple[Way, int]:
         way, _ = self._choose(served)
-        return way, 0 if way is Way.DAEMON else self._register(served)
+        if way is Way.DAEMON:
+            return way, 0
+        try:
+            return way, self._register(served)
+        except OSError as error:  # it took the file before: what is short is found again some time
+            _log.warning("a file goes through the daemon", name=served.name, reason=explain(error))
+            return Way.DAEMON, 0
 
     def _choose(self, served: Served) -> tuple[Way, str]:
-        """Asks the kernel, once for each namespace, whether it takes the file."""
         way, reason = dax.choose(served.config.dax, served.namespace)
         if way is Way.DAEMON:
             return way, reason
@@ -92,18 +106,23 @@ class Passthrough:
             return Way.DAEMON, "it is being switched to a kind that keeps copies"
         if self._refusal:
             return Way.DAEMON, self._refusal
-        if served.number not in self._refusals:
-            self._refusals[served.number] = self._try(served)
-        reason = self._refusals[served.number]
+        reason = self._refusal_of(served)
         return (Way.DAEMON, reason) if reason else (way, "")
 
-    def _try(self, served: Served) -> str:
+    def _refusal_of(self, served: Served) -> str:
+        """Asks the kernel, once for each namespace, whether it takes the file."""
+        known = self._refusals.get(served.number)
+        if known is not None:
+            return known
+        reason = ""
         try:
-            backing = self._register(served)
+            unregister(self._fd, self._register(served))
         except OSError as error:
-            return explain(error)
-        unregister(self._fd, backing)
-        return ""
+            reason = explain(error)
+            if error.errno in _SHORTAGES:
+                return reason
+        self._refusals[served.number] = reason
+        return reason
 
     def _register(self, served: Served) -> int:
         fd = served.namespace.media.open_again()
