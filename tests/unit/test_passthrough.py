@@ -362,6 +362,43 @@ def test_an_end_that_cannot_be_cut_keeps_no_id(
     assert doors.open(served)[1] == kernel.given, "a new one"
 
 
+# ---- the mount's end
+
+
+@pytest.mark.parametrize("dax", ["auto", "fast", "off"])
+def test_opens_end_with_their_mount_though_nobody_releases_them(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    logged: LogRecord,
+    dax: Dax,
+) -> None:
+    served = serve(dax)
+    for _ in range(2):
+        doors.open(served)
+    grow(served, 5000)
+    doors.disconnected()
+    assert (kernel.open, served.dax_opens) == ({}, 0)
+    left = 0 if dax == "fast" else 5000
+    if dax == "fast":
+        logged.expect("a client wrote past the end: what it wrote there is cut off")
+    assert served.namespace.media.path.stat().st_size == SIZE + left
+
+
+def test_a_kernel_that_forgot_the_id_with_the_mount_does_not_keep_the_opens(
+    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    doors.open(served)
+
+    def fail(_device: int, _backing: int) -> None:
+        raise OSError(errno.ENOTCONN, "gone")
+
+    monkeypatch.setattr(passthrough, "unregister", fail)
+    doors.disconnected()
+    assert served.dax_opens == 0
+
+
 # ---- kept out while a representation keeps copies
 
 
@@ -434,6 +471,22 @@ async def test_a_switch_is_refused_while_a_process_maps_the_file_and_not_after(
     with (
         mapped(served.namespace.media.path) as pid,
         pytest.raises(PmblkError, match=f"process {pid} maps them"),
+    ):
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    async with kept_out(served, "page-cache"):
+        assert served.dax_kept_out
+
+
+async def test_a_switch_is_refused_while_others_have_the_file_and_nobody_knows_who(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount by whose name they came is gone with the daemon that was killed."""
+    monkeypatch.setattr("pmblkd.fuse.mappings.SETTLE_SECONDS", 0)
+    served = serve()
+    with (
+        served.namespace.media.path.open("r+b"),
+        pytest.raises(PmblkError, match="others have its file open"),
     ):
         async with kept_out(served, "page-cache"):
             raise AssertionError("let through")
