@@ -88,8 +88,8 @@ def is_open_elsewhere(fd: int) -> bool:
 
     The kernel grants a write lease only to whoever has the file alone, by whatever name others come
     to it, and mappings whose descriptors are closed count; older kernels without IMA do not count
-    those who only read. Ours is given back at once. Whoever opens the file
-    in between waits that long; we would be told by SIGURG, which is ignored (SIGIO would kill).
+    those who only read. Ours is given back at once. Whoever opens the file in between waits that
+    long; we would be told by SIGURG, which is ignored (SIGIO would kill).
     """
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
