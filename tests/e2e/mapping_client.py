@@ -19,11 +19,13 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+ENDS_SECONDS = 10
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _MS_SYNC = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -36,7 +38,10 @@ _libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Client:
-    """Every order is carried out when the call returns; one that fails raises OSError."""
+    """Every order is carried out when the call returns; one that fails raises OSError.
+
+    AssertionError when the client ends instead.
+    """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -77,6 +82,10 @@ class Client:
 
     def end(self) -> int:
         return int(self._order("end"))
+
+    def is_killed_by(self, number: signal.Signals) -> bool:
+        """Whether it has ended, and by that signal."""
+        return self._process.wait(ENDS_SECONDS) == -number
 
     def _order(self, *words: object) -> str:
         assert self._process.stdin is not None

@@ -8,6 +8,7 @@ cannot be had together with a mapping of them.
 import contextlib
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def test_a_mapping_outlives_a_killed_daemon_and_meets_the_next_one(dax: str) -> 
 
 
 def test_without_dax_a_mapping_ends_with_the_daemon() -> None:
-    """What was not synced is lost to its client, and he is told so."""
+    """What was not synced is lost, and msync says so. The next page is a bus error."""
     with served("off") as (daemon, file), client_of(file) as one:
         one.map(SIZE)
         one.store(0, b"kept")
@@ -317,6 +318,9 @@ def test_without_dax_a_mapping_ends_with_the_daemon() -> None:
         daemon.kill()
         with refused(errno.EIO, errno.ENOTCONN):
             one.msync()
+        with pytest.raises(AssertionError, match="the client has ended"):
+            one.load(4 * MIB, 1)
+        assert one.is_killed_by(signal.SIGBUS)
         daemon.start()
         with opened(file) as fd:
             assert os.pread(fd, 2 * PAGE, 0) == b"kept".ljust(2 * PAGE, b"\0")

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -151,6 +152,23 @@ def test_without_dax_read_and_write_of_all_clients_agree(daemon: Daemon, name: s
             assert one.read(offset, 5000) == other.read(offset, 5000) == there
 
 
+@pytest.mark.parametrize("name", OFF)
+def test_without_dax_whoever_opens_the_file_anew_maps_what_was_written_since(
+    daemon: Daemon, name: str
+) -> None:
+    """By NBD, of which the kernel hears nothing; what FUSE clients write it knows at once."""
+    with mapping(daemon, name) as one, client(daemon, name) as nbd:
+        for turn in range(20):
+            offset = 5 * MIB + turn * 5000
+            one.load(offset, 5000)  # it is in the page cache now
+            there, here = os.urandom(5000), os.urandom(5000)
+            nbd.pwrite(there, offset)
+            with mapping(daemon, name) as other:
+                assert other.load(offset, 5000) == there
+            one.write(offset, here)
+            assert one.load(offset, 5000) == here
+
+
 # ---- a mapping's life
 
 
@@ -262,6 +280,18 @@ def test_poison_is_nothing_to_a_client_past_the_daemon(daemon: Daemon) -> None:
         with pytest.raises(NbdError, match="Input/output error"):
             nbd.pread(4, 0)
         nbd.pwrite(bytes(4096), 0)
+
+
+def test_without_dax_a_load_of_poison_is_a_bus_error(daemon: Daemon) -> None:
+    daemon.poison("off-extent", 7 * MIB, 4096)
+    with mapping(daemon, "off-extent") as one:
+        with pytest.raises(AssertionError, match="the client has ended"):
+            one.load(7 * MIB, 10)
+        assert one.is_killed_by(signal.SIGBUS)
+    with client(daemon, "off-extent") as nbd:
+        nbd.pwrite(bytes(4096), 7 * MIB)
+    with mapping(daemon, "off-extent") as one:
+        assert one.load(7 * MIB, 10) == bytes(10)
 
 
 REASONS = {
