@@ -512,7 +512,8 @@ def test_no_read_is_longer_than_what_was_agreed(
 def test_a_write_is_short_at_the_end_and_finds_no_space_past_it(
     kernel: Kernel, namespace: Namespace
 ) -> None:
-    assert kernel.write(NS, SIZE - 10, b"x" * 100) == 10
+    for length in (10, 11, 100, PAGE):
+        assert kernel.write(NS, SIZE - 10, b"x" * length) == 10
     assert namespace.media.path.stat().st_size == SIZE
     for offset in (SIZE, SIZE + 1, (1 << 64) - 1):
         with refused(errno.ENOSPC):

@@ -194,6 +194,32 @@ async def test_a_reply_that_the_kernel_does_not_take_gives_its_memory_back(
         assert (await client.ask(message(Op.READ, NS, io(0, 4), unique=6)))[2] == b"data"
 
 
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_cannot_be_answered_at_all_is_not_the_mount_s_end(
+    make_namespace: MakeNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: LogRecord,
+    waits: bool,
+) -> None:
+    """Number 0 is no request's, and the kernel takes no answer to it."""
+    namespace = make_namespace()
+
+    def refuse(_fd: int, _reply: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    async with served(namespace) as (_, client):
+        with monkeypatch.context() as patched, contextlib.ExitStack() as stack:
+            patched.setattr(os, "writev", refuse)
+            if waits:
+                stack.enter_context(namespace._dispatcher.fences.around(0, PAGE))
+            await client.send(message(Op.READ, NS, io(0, 4), unique=0))
+            await trio.testing.wait_all_tasks_blocked()
+            stack.close()
+            await trio.testing.wait_all_tasks_blocked()
+        logged.expect("file operation failed")
+        assert (await client.ask(message(Op.READ, NS, io(0, 4), unique=2)))[:2] == (2, 0)
+
+
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV, errno.ECONNABORTED])
 async def test_who_asked_may_be_gone_when_the_answer_comes(
     make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch, code: int

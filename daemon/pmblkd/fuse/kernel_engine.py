@@ -225,9 +225,10 @@ class KernelEngine:
             self._failed(IN_HEADER_START.unpack_from(message)[2])
 
     def _failed(self, unique: int) -> None:
-        """A defect of ours is EIO, not the mount's end."""
+        """A defect of ours is EIO, not the mount's end, even if nobody can be told."""
         _log.exception("file operation failed")
-        self._send(error_reply(unique, errno.EIO))
+        with contextlib.suppress(OSError):
+            self._send(error_reply(unique, errno.EIO))
 
     def _execute(self, work: Work) -> None:
         if work.namespace.execute((work.command,)):
