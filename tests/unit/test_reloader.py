@@ -12,7 +12,7 @@ from pmblkd.registry import Registry, Served, open_served
 from pmblkd.reloader import Reloader
 from pmblkd.reports import ReloadReport
 from pmblkd.spin import Spinner
-from tests.unit.test_passthrough import mapped
+from tests.unit.test_mappings import mapped
 
 
 class Daemon:

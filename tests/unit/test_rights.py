@@ -14,7 +14,7 @@ from pmblkd.config import Config, ControlConfig, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.mappers import MappedAs
 from pmblkd.rights import ID_MAX, Rights, rights_of
-from tests.unit.test_passthrough import mapped
+from tests.unit.test_mappings import mapped
 
 FILE = Path("/etc/pmblk.toml")
 UNKNOWN = 3_999_999_999  # a number that no user of a machine has, and that one could have
