@@ -222,9 +222,13 @@ class KernelEngine:
                 self._execute(outcome)
             elif outcome is not None:
                 self._send(outcome)
-        except Exception:  # a defect of ours is EIO, not the mount's end
-            _log.exception("file operation failed")
-            unique = IN_HEADER_START.unpack_from(message)[2]
+        except Exception:
+            self._failed(IN_HEADER_START.unpack_from(message)[2])
+
+    def _failed(self, unique: int) -> None:
+        """A defect of ours is EIO, not the mount's end, even if nobody can be told."""
+        _log.exception("file operation failed")
+        with contextlib.suppress(OSError):
             self._send(error_reply(unique, errno.EIO))
 
     def _execute(self, work: Work) -> None:
@@ -235,12 +239,15 @@ class KernelEngine:
 
     async def _complete(self, work: Work) -> None:
         try:
-            rest = await work.namespace.complete((work.command,))
-            assert not rest, "one command alone waits for nobody of its own batch"
-        except BaseException:
-            work.namespace.release((work.command,))
-            raise
-        self._answer(work)
+            try:
+                rest = await work.namespace.complete((work.command,))
+                assert not rest, "one command alone waits for nobody of its own batch"
+            except BaseException:
+                work.namespace.release((work.command,))
+                raise
+            self._answer(work)
+        except Exception:
+            self._failed(work.unique)
 
     def _answer(self, work: Work) -> None:
         try:
