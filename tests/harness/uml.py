@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -118,12 +117,3 @@ python={shlex.quote(sys.executable)}
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def run(script: str, *, memory: str = "640M", seconds: float = 120) -> str:
-    """Run a bash script in a fresh guest; its output. Raises UmlFailed with that output."""
-    with (
-        tempfile.TemporaryDirectory(prefix="pmblk-uml-", dir=FAST) as folder,
-        Guest(script, Path(folder), memory=memory) as guest,
-    ):
-        return guest.wait(seconds)
