@@ -53,6 +53,9 @@ representation = "pfn"
 listen = ["unix:{dir}/nbd.sock"]
 """
 DYING = ("ext4", "xfs", "btrfs")
+# btrfs of Linux 6.1 lets an fsync succeed while the device fails under it (with nbdkit as the
+# server too: 6 of 120 crashes, each time the last one). After the kill it promises nothing.
+RASH = ("btrfs",)
 KEPT = (10, 40)  # so many more files are kept when the daemon dies: a random number of these
 RIDING = "ride"
 RIDE_INDEX = 7  # the device; the others take the first that are free
@@ -122,9 +125,12 @@ def crash(daemon: Daemon, seed: int) -> None:
     ride, *dying = victims = [begin(daemon, name, seed) for name in (RIDING, *DYING)]
     for victim in victims:
         victim.await_kept(chosen.randrange(*KEPT))
+    said = {victim.name: len(writers.lines(victim.promises)) for victim in victims}
     daemon.kill()
     for victim in dying:
         assert victim.writer.wait(WAIT_SECONDS) == 0, "an error from the device ends it"
+        if victim.name in RASH:
+            writers.take_back(victim.promises, after=said[victim.name])
     daemon.start()
     perform(f"{RIDING}, crash {seed}", partial(ride_on, daemon, ride), kernel_may_complain=True)
     for victim in dying:

@@ -26,6 +26,13 @@ def lines(promises: Path) -> list[str]:
     return promises.read_text().splitlines() if promises.exists() else []
 
 
+def take_back(promises: Path, *, after: int) -> None:
+    """Only the first `after` lines still promise anything; the warnings of later ones stay."""
+    said = lines(promises)
+    later = [line for line in said[after:] if line.startswith("begun")]
+    promises.write_text("".join(f"{line}\n" for line in [*said[:after], *later]))
+
+
 def kept(promises: Path) -> int:
     """How many files have been promised to be there."""
     return sum(line.startswith("kept") for line in lines(promises))
