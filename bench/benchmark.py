@@ -124,7 +124,7 @@ def _progress(row: Load, number: int, name: str, sample: Sample) -> None:
     cost = three_digits(sample.cpu_us)
     others = f"others {sample.others_share:.0%}"
     rate = rate_text(row, sample.iops)
-    line = f"{row.name:24} round {number}  {name:20} {rate:>11}  {cost:>5} us CPU/IO  {others}"
+    line = f"{row.name:29} round {number}  {name:19} {rate:>11}  {cost:>5} us CPU/IO  {others}"
     print(line, flush=True)
 
 

@@ -70,7 +70,7 @@ def section(run: Run) -> str:
     )
     parts = [
         "## NBD: pmblk, nbdkit and qemu-nbd",
-        origin_text(run.origin, run.results.values()),
+        origin_text(run.origin, list(run.results.values())),
         f"{how_to_read(run.origin, tables)} {awake}",
         tables,
         LIMITS,

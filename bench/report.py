@@ -4,7 +4,7 @@ A report is a section of docs/performance.md between two markers of its own; the
 left alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,11 +58,12 @@ def splice(text: str, section: str, *, name: str) -> str:
     return text[: text.index(begin)] + block + text[text.index(end) + len(end) :].removeprefix("\n")
 
 
-def origin_text(origin: Origin, results: Iterable[Samples]) -> str:
+def origin_text(origin: Origin, results: Sequence[Samples]) -> str:
+    """`results` are those that tell how quiet it was: no thread of the kernel's took part."""
     return "\n".join(f"- {line}" for line in _origin_lines(origin, results))
 
 
-def _origin_lines(origin: Origin, results: Iterable[Samples]) -> Iterator[str]:
+def _origin_lines(origin: Origin, results: Sequence[Samples]) -> Iterator[str]:
     yield f"Machine: {origin.machine}"
     yield f"Other programs: {_others(results)}"
     yield f"Versions: {origin.versions}"
@@ -70,7 +71,9 @@ def _origin_lines(origin: Origin, results: Iterable[Samples]) -> Iterator[str]:
     yield from (f"Server: {server}" for server in origin.servers)
 
 
-def _others(results: Iterable[Samples]) -> str:
+def _others(results: Sequence[Samples]) -> str:
+    if not results:
+        return "unknown: no run that would tell"
     share = others(results)
     text = f"{share.middle:.0%} of one CPU during a run (at most {share.most:.0%})"
     quiet = share.middle <= QUIET_SHARE_MIDDLE and share.most <= QUIET_SHARE_MOST
