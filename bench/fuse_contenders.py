@@ -20,6 +20,7 @@ from pathlib import Path
 from bench import servers
 from bench.fuse_rows import AUTO, FAST, NBDFUSE, OFF, PYFUSE3, QEMU, RAW
 from bench.servers import POLL_SECONDS, START_SECONDS, ServerError, allocate, spawned, started
+from pmblkd import loop
 from tests.harness import file_systems
 from tests.harness.daemon import PMBLK, Daemon, scratch
 
@@ -98,13 +99,14 @@ def _raw(directory: Path, _pinned: Sequence[str]) -> Iterator[Contender]:
         is_running=lambda: True,
         log=str,
         file=file,
-        attach=lambda: attached(file),
+        attach=lambda: _cleared(file, attached(file)),
     )
 
 
 @contextlib.contextmanager
 def _ours(name: str, directory: Path, pinned: Sequence[str]) -> Iterator[Contender]:
     engine, dax = OURS[name]
+    file = directory / "mnt" / NAME
     config = CONFIG.format(dir=directory, engine=engine, dax=dax)
     daemon = Daemon(directory, config, program=(*pinned, PMBLK, "serve"))
     with started(daemon):
@@ -113,8 +115,8 @@ def _ours(name: str, directory: Path, pinned: Sequence[str]) -> Iterator[Contend
             pids=[daemon.pid],
             is_running=lambda: daemon.running,
             log=lambda: daemon.log,
-            file=directory / "mnt" / NAME,
-            attach=lambda: file_systems.attached(daemon, NAME),
+            file=file,
+            attach=lambda: _cleared(file, file_systems.attached(daemon, NAME)),
             daemon=daemon,
         )
         _check_way(contender, dax)
@@ -166,7 +168,7 @@ def _peer(
         is_running=lambda: all(process.poll() is None for process in processes),
         log=lambda: log.read_text(errors="replace"),
         file=file,
-        attach=lambda: attached(file),
+        attach=lambda: _cleared(file, attached(file)),
     )
 
 
@@ -206,6 +208,18 @@ def attached(file: Path) -> Iterator[Path]:
         yield device
     finally:
         file_systems.drop_loop(device)
+
+
+@contextlib.contextmanager
+def _cleared(file: Path, attachment: AbstractContextManager[Path]) -> Iterator[Path]:
+    """An interrupt in the middle of attaching would leave a device that nobody has heard of."""
+    try:
+        with attachment as device:
+            yield device
+    except BaseException:
+        for device in loop.devices_on(lambda backing: backing == file):
+            file_systems.drop_loop(device)
+        raise
 
 
 def first_io_seconds(contender: Contender) -> float:
