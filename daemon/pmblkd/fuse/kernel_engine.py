@@ -234,7 +234,7 @@ class KernelEngine:
                 elif outcome is not None:
                     self._send(outcome)
             except Exception:
-                self._fail(IN_HEADER_START.unpack_from(message)[2])
+                self._failed(IN_HEADER_START.unpack_from(message)[2])
         while works:  # in batches for one namespace each
             namespace = works[0].namespace
             self._execute(namespace, [work for work in works if work.namespace is namespace])
@@ -251,7 +251,7 @@ class KernelEngine:
                 else:
                     self._send(self._session.answer(work))
         except Exception:
-            self._fail(*(work.unique for work in works))
+            self._failed(*(work.unique for work in works))
         finally:
             namespace.release(commands)
 
@@ -260,10 +260,12 @@ class KernelEngine:
             rest = await work.namespace.complete((work.command,))
             assert not rest, "one command alone waits for nobody of its own batch"
             self._send(self._session.answer(work))
+        except Exception:
+            self._failed(work.unique)
         finally:
             work.namespace.release((work.command,))
 
-    def _fail(self, *uniques: int) -> None:
+    def _failed(self, *uniques: int) -> None:
         """A defect of ours is EIO for those who asked, not the mount's end. While handling it."""
         _log.exception("file operation failed")
         for unique in uniques:
