@@ -13,7 +13,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -26,8 +26,8 @@ from pmblkd.fuse.wire import ROOT_INODE, Init, Opcode, SetAttr
 from pmblkd.registry import Served
 from pmblkd.statuses import errno_of
 
-Buffer = "memoryview | bytes"
-Reply = Sequence["memoryview | bytes"]
+Buffer: TypeAlias = "memoryview | bytes"
+Reply = Sequence[Buffer]
 
 IO_BYTES_MAX = 1 << 20
 PAGES_MAX = IO_BYTES_MAX >> 12
@@ -138,12 +138,11 @@ class Session:
         if command.status:
             return error_reply(work.unique, errno_of(command.status, opcode))
         if opcode == READ:
-            segments = [
-                zeroes(segment.length) if isinstance(segment, Hole) else segment
-                for segment in command.segments or ()
-            ]
             length = _REPLY_HEADER_BYTES + command.length
-            return [wire.OUT_HEADER.pack(length, 0, work.unique), *segments]
+            reply: list[Buffer] = [wire.OUT_HEADER.pack(length, 0, work.unique)]
+            for segment in command.segments or ():
+                reply.append(zeroes(segment.length) if isinstance(segment, Hole) else segment)
+            return reply
         if opcode == WRITE:
             return _reply(work.unique, wire.WRITE_OUT.pack(command.length, 0))
         if opcode == GET_LBA_STATUS:
@@ -225,7 +224,7 @@ class Session:
 
     def _readdir(self, unique: int, _inode: int, body: memoryview) -> Reply:
         """The position in the directory is the inode of the last name that was given."""
-        _, start, room = wire.IO_IN.unpack_from(body)[:3]
+        start, room = wire.IO_IN.unpack_from(body)
         entries = b""
         for name, inode in self._files.entries():
             if inode > start:
@@ -270,12 +269,12 @@ class Session:
     # ---- the data
 
     def _read(self, unique: int, inode: int, body: memoryview) -> Work:
-        _, offset, length = wire.IO_IN.unpack_from(body)[:3]
+        offset, length = wire.IO_IN.unpack_from(body)
         namespace, command = self._files.to_read(inode, offset, min(length, IO_BYTES_MAX))
         return Work(unique, namespace, command)
 
     def _write(self, unique: int, inode: int, body: memoryview) -> Work:
-        _, offset, length = wire.IO_IN.unpack_from(body)[:3]
+        offset, length = wire.IO_IN.unpack_from(body)
         payload = body[_IO_DATA:]
         if length != len(payload):
             raise refuse(errno.EINVAL)
