@@ -252,13 +252,14 @@ class KernelEngine:
         commands = [work.command for work in works]
         try:
             waiting = {id(command) for command in namespace.execute(commands)}
+        except Exception:
+            self._failed(*(work.unique for work in works))
+        else:
             for work in works:
                 if id(work.command) in waiting:
                     self._works.start_soon(self._complete, work)
                 else:
-                    self._send(self._session.answer(work))
-        except Exception:
-            self._failed(*(work.unique for work in works))
+                    self._answer(work)
         finally:
             namespace.release(commands)
 
@@ -266,17 +267,25 @@ class KernelEngine:
         try:
             rest = await work.namespace.complete((work.command,))
             assert not rest, "one command alone waits for nobody of its own batch"
-            self._send(self._session.answer(work))
         except Exception:
             self._failed(work.unique)
+        else:
+            self._answer(work)
         finally:
             work.namespace.release((work.command,))
 
+    def _answer(self, work: Work) -> None:
+        try:
+            self._send(self._session.answer(work))
+        except Exception:
+            self._failed(work.unique)
+
     def _failed(self, *uniques: int) -> None:
-        """A defect of ours is EIO for those who asked, not the mount's end. While handling it."""
+        """A defect of ours is EIO, not the mount's end, even if nobody can be told."""
         _log.exception("file operation failed")
         for unique in uniques:
-            self._send(error_reply(unique, errno.EIO))
+            with contextlib.suppress(OSError):
+                self._send(error_reply(unique, errno.EIO))
 
     def _send(self, reply: Reply) -> None:
         """One write a reply. Whoever asked may be gone (ENOENT), and so may the mount (ENODEV)."""
