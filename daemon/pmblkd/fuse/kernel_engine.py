@@ -75,7 +75,6 @@ class KernelEngine:
         self._session = Session(files, self._doors, request_timeout_seconds=request_timeout_seconds)
         self._spinner = spinner
         self._fd = -1
-        self._device: io.FileIO  # reads cheaper than readv, and raises nothing when none is there
         self._poll = select.poll()
         self._mount: mounts.Mount | None = None
         self._buffer = memoryview(anonymous(BATCH_BYTES + MESSAGE_BYTES_MAX))
@@ -91,7 +90,6 @@ class KernelEngine:
             self._mountpoint, allow_other=self._allow_other, options=self._options
         )
         self._mount = mounts.find(self._mountpoint)
-        self._device = io.FileIO(self._fd, closefd=False)
         self._poll.register(self._fd, select.POLLIN)
         try:
             self._shake_hands()
@@ -102,10 +100,11 @@ class KernelEngine:
 
     def _shake_hands(self) -> None:
         """INIT is the first message, and it is there as soon as mount(2) returns."""
+        device = self._reader()
         while not self._session.minor:
             if not self._poll.poll(HELLO_SECONDS * 1000):
                 raise PmblkError(f"the kernel's FUSE said nothing in {HELLO_SECONDS} s")
-            messages = self._read_batch(1)
+            messages = self._read_batch(device, 1)
             if messages is None:
                 raise PmblkError("the mount ended at once")
             self._handle(messages)
@@ -180,9 +179,10 @@ class KernelEngine:
         A batch is at most what was there before, or twice that when there was more: a client at
         depth 1 has its reply before anybody looks for another request.
         """
+        device = self._reader()
         most = 1
         answered = moved = 0
-        while (messages := self._read_batch(most)) is not None:
+        while (messages := self._read_batch(device, most)) is not None:
             moved += self._handle(messages)
             most = min(2 * most, BATCH_REQUESTS) if len(messages) == most else len(messages) or 1
             answered += len(messages)
@@ -209,13 +209,17 @@ class KernelEngine:
 
     # ---- a batch of requests
 
-    def _read_batch(self, most: int) -> list[memoryview] | None:
+    def _reader(self) -> io.FileIO:
+        """Cheaper than readv, and raises nothing when no message is there."""
+        return io.FileIO(self._fd, closefd=False)
+
+    def _read_batch(self, device: io.FileIO, most: int) -> list[memoryview] | None:
         """Up to so many messages, those that are there; None: no mount. They stay in the buffer."""
         messages: list[memoryview] = []
         position = 0
         while len(messages) < most and position < BATCH_BYTES:
             try:
-                count = self._device.readinto(self._buffer[position:])
+                count = device.readinto(self._buffer[position:])
             except OSError as error:
                 if error.errno == errno.ENOENT:  # taken back
                     break
