@@ -43,8 +43,8 @@ OURS: Mapping[str, tuple[str, str]] = {
     OFF: ("kernel", "off"),
     PYFUSE3: ("pyfuse3", "off"),
 }
-# Each with what was its best here. Without its host's page cache (cache.direct), which tmpfs takes
-# since Linux 6.6, qemu-storage-daemon is no faster.
+# qemu-storage-daemon is no faster with cache.direct=on or aio=threads, nor nbdfuse with one
+# connection (-C 1) or one thread (-s): no option had the better of its rows.
 QEMU_COMMAND = (
     "qemu-storage-daemon --blockdev file,node-name=media,filename={file},aio=io_uring"
     " --export fuse,id=export,node-name=media,mountpoint={mount},writable=on"
