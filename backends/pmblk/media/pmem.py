@@ -133,12 +133,11 @@ class Media:
     def punch(self, offset: int, length: int) -> None:
         """The range reads as zeroes and gives its whole pages back. Needs `punches`.
 
-        Forgets before it punches: a failure half way must not leave holes that count as memory.
         The layout counts as changed only afterwards, or a sync that runs meanwhile would cover it.
         """
-        self.allocation.forget(offset, length)
         try:
-            syscalls.punch_hole(self._fd, offset, length)
+            with self.allocation.punched(offset, length):
+                syscalls.punch_hole(self._fd, offset, length)
         finally:
             self.durability.layout_changed()
 
