@@ -172,6 +172,10 @@ class Media:
         flags = os.O_RDONLY if self.read_only else os.O_RDWR
         return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
 
+    def is_open_elsewhere(self) -> bool:
+        """Whether anybody else may have the file open, or mapped. Any thread may ask."""
+        return syscalls.is_open_elsewhere(self._fd)
+
     def status(self) -> os.stat_result:
         """Of the file itself, whatever has become of its name."""
         return os.fstat(self._fd)

@@ -1,12 +1,14 @@
 """The few system calls that Python's os module does not have. ctypes releases the GIL in each.
 
-Sources: fallocate(2), statfs(2), mincore(2).
+Sources: fallocate(2), statfs(2), mincore(2), fcntl(2).
 """
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -87,6 +89,22 @@ def file_system(fd: int) -> str:
     _call(_libc.fstatfs(fd, buffer))
     magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
     return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
+
+
+def is_open_elsewhere(fd: int) -> bool:
+    """Whether anybody has the file open but by this very descriptor; who maps it has, too.
+
+    Only then is a lease for writing to be had, which is given back at once. True where leases
+    cannot be had at all: on some file systems, and for another user's file.
+    """
+    try:
+        # Whoever opens it meanwhile has us told by a signal: one that does nothing by itself.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return True
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def anonymous(length: int) -> mmap.mmap:

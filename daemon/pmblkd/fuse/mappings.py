@@ -50,5 +50,7 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
 def _processes_that_map(served: Served) -> list[int]:
     """Also those that map the file itself, and not ours: their stores go to the media too."""
     media = served.namespace.media
+    if not media.is_open_elsewhere():
+        return []  # who maps its file on the mount has pages of the mount, and not of the media
     also = () if served.mapped_as is None else (served.mapped_as,)
     return processes_that_map(media.path, media.status(), also=also)
