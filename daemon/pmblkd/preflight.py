@@ -145,8 +145,8 @@ def _check_mappers(
     """
     if not KINDS[namespace.representation_kind].keeps_copies or not namespace.file.exists():
         return
-    if not _is_open(namespace.file):
-        return
+    if _is_open(namespace.file) is False:
+        return  # who maps its file on a mount that is left has pages of the mount
     mount = None if fuse is None else mounts.find(Path(fuse.mountpoint))
     also = () if mount is None else (on_mount(mount.minor, namespace.name),)
     pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
@@ -160,8 +160,8 @@ def _check_mappers(
         )
 
 
-def _is_open(path: Path) -> bool:
-    """Whether anybody may have the file open, or mapped. Raises OSError."""
+def _is_open(path: Path) -> bool | None:
+    """Whether anybody has the file open, or mapped; None if it cannot be told. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return syscalls.is_open_elsewhere(fd)

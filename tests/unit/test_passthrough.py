@@ -327,3 +327,40 @@ def test_an_end_that_cannot_be_cut_keeps_no_id(
         doors.close(served)
     assert (kernel.open, served.dax_opens) == ({}, 0)
     assert doors.open(served)[1] == kernel.given, "a new one"
+
+
+# ---- the mount's end
+
+
+@pytest.mark.parametrize("dax", ["auto", "fast", "off"])
+def test_opens_end_with_their_mount_though_nobody_releases_them(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    logged: LogRecord,
+    dax: Dax,
+) -> None:
+    served = serve(dax)
+    for _ in range(2):
+        doors.open(served)
+    grow(served, 5000)
+    doors.disconnected()
+    assert (kernel.open, served.dax_opens) == ({}, 0)
+    left = 0 if dax == "fast" else 5000
+    if dax == "fast":
+        logged.expect("a client wrote past the end: what it wrote there is cut off")
+    assert served.namespace.media.path.stat().st_size == SIZE + left
+
+
+def test_a_kernel_that_forgot_the_id_with_the_mount_does_not_keep_the_opens(
+    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    doors.open(served)
+
+    def fail(_device: int, _backing: int) -> None:
+        raise OSError(errno.ENOTCONN, "gone")
+
+    monkeypatch.setattr(passthrough, "unregister", fail)
+    doors.disconnected()
+    assert served.dax_opens == 0

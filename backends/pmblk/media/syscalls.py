@@ -83,28 +83,29 @@ def can_reserve(fd: int) -> bool:
     return True
 
 
+def is_open_elsewhere(fd: int) -> bool | None:
+    """Whether anybody else has the file open or mapped; None if it cannot be told.
+
+    The kernel grants a write lease only to whoever has the file alone, by whatever name others come
+    to it, and mappings whose descriptors are closed count; older kernels without IMA do not count
+    those who only read. Ours is given back at once. Whoever opens the file in between waits that
+    long; we would be told by SIGURG, which is ignored (SIGIO would kill).
+    """
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
 def file_system(fd: int) -> str:
     """The name of the file system that holds `fd`, or its magic number in hex."""
     buffer = ctypes.create_string_buffer(256)
     _call(_libc.fstatfs(fd, buffer))
     magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
     return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
-
-
-def is_open_elsewhere(fd: int) -> bool:
-    """Whether anybody has the file open but by this very descriptor; who maps it has, too.
-
-    Only then is a lease for writing to be had, which is given back at once. True where leases
-    cannot be had at all: on some file systems, and for another user's file.
-    """
-    try:
-        # Whoever opens it meanwhile has us told by a signal: one that does nothing by itself.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except OSError:
-        return True
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
 
 
 def anonymous(length: int) -> mmap.mmap:

@@ -153,6 +153,7 @@ class KernelEngine:
                     nursery.start_soon(self._unmount_when_told)
                     await self._serve()
                     nursery.cancel_scope.cancel()
+        self._doors.disconnected()
 
     def stop(self) -> None:
         """No further requests; what has arrived is still answered."""

@@ -7,6 +7,7 @@ Source: the kernel's Documentation/filesystems/fuse-passthrough.rst and fs/fuse/
 must be a regular file that lies on no stacked file system, and it takes CAP_SYS_ADMIN.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -26,6 +27,7 @@ _log = structlog.get_logger(__name__)
 
 
 class _Opened(msgspec.Struct):
+    served: Served
     way: Way
     backing: int  # the kernel's id; 0 is none
     opens: int = 0
@@ -53,7 +55,7 @@ class Passthrough:
     def open(self, served: Served) -> tuple[Way, int]:
         opened = self._opened.get(served.number)
         if opened is None:
-            opened = self._opened[served.number] = _Opened(*self._first_open(served))
+            opened = self._opened[served.number] = _Opened(served, *self._first_open(served))
         opened.opens += 1
         if opened.way is not Way.DAEMON:
             served.dax_opens += 1
@@ -70,7 +72,22 @@ class Passthrough:
             if opened.backing:
                 unregister(self._fd, opened.backing)
         if opened.way is Way.FAST:
-            _cut_excess(served)  # last, for it can fail
+            cut_excess(served)  # last, for it can fail
+
+    def disconnected(self) -> None:
+        """The mount is gone, and with it every open: no `close` will come.
+
+        What clients still have of the media after that, `pmblkd.fuse.mappings` finds.
+        """
+        for opened in self._opened.values():
+            if opened.way is not Way.DAEMON:
+                opened.served.dax_opens -= opened.opens
+            with contextlib.suppress(OSError):
+                if opened.backing:
+                    unregister(self._fd, opened.backing)
+                if opened.way is Way.FAST:
+                    cut_excess(opened.served)
+        self._opened.clear()
 
     def synced(self, served: Served) -> None:
         opened = self._opened.get(served.number)
@@ -78,7 +95,7 @@ class Passthrough:
             return
         served.namespace.media.stored_elsewhere()
         if opened.way is Way.FAST:
-            _cut_excess(served)
+            cut_excess(served)
 
     def describe(self, served: Served) -> tuple[Way, str]:
         """The way that its next open will go, and why it is not another one."""
@@ -157,8 +174,11 @@ def explain(error: OSError) -> str:
     return f"passthrough: {error.strerror}"
 
 
-def _cut_excess(served: Served) -> None:
-    """Nobody but us makes the file longer; past the daemon, a write at the end does."""
+def cut_excess(served: Served) -> None:
+    """Nobody but us makes the file longer; past the daemon, a write at the end does.
+
+    Raises OSError.
+    """
     excess = served.namespace.media.cut_excess()
     if excess:
         _log.warning(
