@@ -171,8 +171,8 @@ class Media:
         flags = os.O_RDONLY if self.read_only else os.O_RDWR
         return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
 
-    def is_open_elsewhere(self) -> bool:
-        """Whether anybody but us has the file open or mapped, as far as it can be told.
+    def is_open_elsewhere(self) -> bool | None:
+        """Whether anybody but us has the file open or mapped; None if it cannot be told.
 
         One that was given a descriptor by `open_again` counts, until it is closed.
         """

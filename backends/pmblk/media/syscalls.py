@@ -83,8 +83,8 @@ def can_reserve(fd: int) -> bool:
     return True
 
 
-def is_open_elsewhere(fd: int) -> bool:
-    """Whether anybody else has the file open or mapped; False if it cannot be told.
+def is_open_elsewhere(fd: int) -> bool | None:
+    """Whether anybody else has the file open or mapped; None if it cannot be told.
 
     The kernel grants a write lease only to whoever has the file alone, by whatever name others come
     to it, and mappings whose descriptors are closed count; older kernels without IMA do not count
@@ -95,7 +95,7 @@ def is_open_elsewhere(fd: int) -> bool:
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return True if error.errno == errno.EAGAIN else None
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
 
