@@ -84,18 +84,21 @@ def detach_all(place: Place, *, force: bool) -> DetachAllReport:
     `force`: a daemon that does not answer loses its mount, so that everybody who waits for it gets
     an error. Raises PmblkError where nothing can be done at all.
     """
-    aborted, unmounted, refused = [], [], []
     mountpoint = place.mountpoint
+    aborted, unmounted, refused = [], [], []
+    silent = _silent(mountpoint)
+    if silent is not None:  # asked before the lock: who holds it may wait for this very daemon
+        if not force:
+            message, hint = mounts.silence(silent)
+            refused.append(Refusal(key=str(mountpoint), reason=f"{message}; {hint}"))
+            return DetachAllReport(devices=[], unmounted=[], aborted=[], refused=refused)
+        _cut_off(silent)
+        aborted.append(str(mountpoint))
     with loop.exclusive():
         devices = _clients(place.uris)
         if mountpoint is not None:
-            if force and _cut_off(mountpoint):
-                aborted.append(str(mountpoint))
-            refused = _silence(mountpoint)
-            if not refused:
-                devices += loop.devices_below(mountpoint, place.sizes)
-        gone, kept = _detach_each(devices)
-        refused += kept
+            devices += loop.devices_below(mountpoint, place.sizes)
+        gone, refused = _detach_each(devices)
         if mountpoint is not None and not refused and _unmount(mountpoint):
             unmounted.append(str(mountpoint))
     return DetachAllReport(devices=gone, unmounted=unmounted, aborted=aborted, refused=refused)
@@ -140,24 +143,17 @@ def _ours(mountpoint: Path) -> mounts.Mount | None:
     return mount if mount is not None and mount.file_system == "fuse.pmblk" else None
 
 
-def _cut_off(mountpoint: Path) -> bool:
-    """End a mount that does not answer. Raises PmblkError."""
-    mount = _ours(mountpoint)
-    if mount is None or mounts.health(mount) is not Health.SILENT:
-        return False
+def _silent(mountpoint: Path | None) -> mounts.Mount | None:
+    """Our mount there, if it does not answer: who touches its devices may wait with the others."""
+    mount = None if mountpoint is None else _ours(mountpoint)
+    return mount if mount is not None and mounts.health(mount) is Health.SILENT else None
+
+
+def _cut_off(mount: mounts.Mount) -> None:
+    """Everybody who waits for it gets an error. Raises PmblkError."""
     connections.abort(mount.minor)
     if mounts.health(mount) is Health.SILENT:
-        raise WorkFailed(f"the mount on {mountpoint} was cut off and hangs", hint="end its daemon")
-    return True
-
-
-def _silence(mountpoint: Path) -> list[Refusal]:
-    """Whoever touches the devices of a daemon that does not answer may wait with the others."""
-    mount = _ours(mountpoint)
-    if mount is None or mounts.health(mount) is not Health.SILENT:
-        return []
-    message, hint = mounts.silence(mount)
-    return [Refusal(key=str(mountpoint), reason=f"{message}; {hint}")]
+        raise WorkFailed(f"the mount on {mount.path} was cut off and hangs", hint="end its daemon")
 
 
 def _unmount(mountpoint: Path) -> bool:
