@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from pmblk import PmblkError
+from pmblk.pages import PAGE_BYTES
 from pmblkd import loop, mounts
 from pmblkd.errors import WorkFailed
 from pmblkd.mounts import Health
@@ -58,6 +59,9 @@ def _attach_loop(namespace: NamespaceReport) -> Path:
             block_bytes=namespace.lba_bytes,
             read_only=namespace.read_only,
             discards=fuse.discards,
+            # The kernel hands what is direct to the media, whose disk may have larger blocks. Such
+            # a file has no page cache of its own, so nothing is cached twice.
+            direct=fuse.dax != "fast" or namespace.lba_bytes == PAGE_BYTES,
         )
 
 

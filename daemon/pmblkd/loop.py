@@ -158,10 +158,15 @@ def users_of(device: Path) -> str:
     return f" by process {found[0]}" if found else ""
 
 
-def attach(file: Path, *, block_bytes: int, read_only: bool, discards: bool) -> Path:
-    """A new loop device on `file`, with direct I/O; discard is off unless the file can do it."""
+def attach(
+    file: Path, *, block_bytes: int, read_only: bool, discards: bool, direct: bool = True
+) -> Path:
+    """A new loop device on `file`; discard is off unless the file can do it.
+
+    `direct`: I/O past the page cache of the file, which must take blocks that small then.
+    """
     device = _add()
-    arguments = ["--direct-io=on", "--sector-size", str(block_bytes)]
+    arguments = [f"--direct-io={'on' if direct else 'off'}", "--sector-size", str(block_bytes)]
     if read_only:
         arguments.append("--read-only")
     try:

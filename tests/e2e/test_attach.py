@@ -145,6 +145,37 @@ def test_a_discard_is_refused_where_the_engine_would_lose_it() -> None:
         run("blkdiscard", str(device))
 
 
+def test_small_blocks_work_also_where_the_disk_below_has_none() -> None:
+    """With `dax = "fast"` the kernel hands them to the media, on a disk with blocks of 4096."""
+    with scratch() as directory, disk_of_large_blocks(directory) as disk:
+        text = CONFIG.replace("{dir}/small.img", f"{disk}/small.img")
+        (directory / "fixed.img").write_bytes(bytes(MIB))
+        for old, new in (("ENGINE", "kernel"), ("DAX", "fast"), ("SIZE", str(DATA_BYTES))):
+            text = text.replace(old, new)
+        daemon = Daemon(directory, text.replace("{dir}", str(directory))).start()
+        try:
+            with attached(daemon, "small") as device:
+                assert setting(device, "loop/dio") == "0"
+                run("dd", "if=/dev/urandom", f"of={device}", "bs=512", "count=3", "oflag=direct")
+        finally:
+            daemon.stop()
+        assert any((disk / "small.img").read_bytes()[1024:1536])
+
+
+@contextlib.contextmanager
+def disk_of_large_blocks(directory: Path) -> Iterator[Path]:
+    file = directory / "disk.img"
+    run("truncate", "--size", "64M", str(file))
+    arguments = ("--find", "--show", "--sector-size", "4096", str(file))
+    device = Path(run("losetup", *arguments).strip())
+    try:
+        make("ext4", device)
+        with mounted(device, directory / "disk") as disk:
+            yield disk
+    finally:
+        drop_loop(device)
+
+
 # ---- always the same one, and never a dead one
 
 
