@@ -142,10 +142,17 @@ def use_of(device: Path) -> tuple[str, str] | None:
         return f"is part of {holders[0]}", f"stop /dev/{holders[0]} first"
     for above in devices_on(lambda backing: backing == device):
         return f"is the file of {above}", f"run: losetup --detach {above}"
-    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-        if line.split()[0] == str(device):
-            return "is swap space", f"run: swapoff {device}"
+    if str(device) in _swaps():
+        return "is swap space", f"run: swapoff {device}"
     return None
+
+
+def _swaps() -> list[str]:
+    try:
+        lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    except OSError:
+        return []  # a kernel without
+    return [line.split()[0] for line in lines]
 
 
 def users_of(device: Path) -> str:

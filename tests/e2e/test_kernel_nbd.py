@@ -52,6 +52,9 @@ mount "$device" /run/m
 cmp /run/before /run/after && echo "files same"
 umount /run/m
 echo "detached $($pmblk detach ns1)"
+echo "the rest $($pmblk detach --all)"
+$pmblk attach ns1 --via nbd
+echo "by config $($pmblk detach --all --config /run/pmblk.toml)"
 echo "size $(cat /sys/block/nbd0/size)"
 grep -E 'level=(warning|error)' /run/log || echo "log clean"
 """
@@ -67,6 +70,8 @@ def test_the_kernel_s_client_attaches_and_a_file_system_lives_on_it() -> None:
         "fsck clean",
         "files same",
         "detached /dev/nbd0",
+        "the rest /dev/nbd1",
+        "by config /dev/nbd0",
         "size 0",
         "log clean",
     ):
