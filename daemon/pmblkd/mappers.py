@@ -1,27 +1,57 @@
-"""Which processes map a file: only proc(5) knows, for a mapping outlives its descriptor."""
+"""Which processes map a file: only proc(5) knows, for a mapping outlives its descriptor.
+
+A client that maps a file of our mount past the daemon (`pmblkd.fuse.passthrough`) maps the media,
+but proc(5) shows the mount's device and inode for it and never the media's: the kernel keeps the
+path that was opened (backing_file_open in fs/backing-file.c, Linux 6.9). So whoever asks has to say
+what else the file is known as.
+"""
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+import msgspec
 
-def processes_that_map(file: Path) -> list[int]:
-    """Those that we may look at, without ourselves. Raises OSError when the file is not there."""
-    status = file.stat()
+
+class MappedAs(msgspec.Struct, frozen=True):
+    """A file of a mount, as proc(5) shows its mappings: `file` is its inode, or its name there."""
+
+    device: str
+    file: str
+
+
+def on_mount(minor: int, file: str) -> MappedAs:
+    """A file of a mount without a block device, whose device number has major 0."""
+    return MappedAs(f"00:{minor:02x}", file)
+
+
+def processes_that_map(
+    path: Path, status: os.stat_result, *, also: Collection[MappedAs] = ()
+) -> list[int]:
+    """Those that we may look at, without ourselves.
+
+    `status` is that of the file itself: its name may be gone, or another file's by now.
+    """
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    inode = str(status.st_ino)
     # By device, or by path: btrfs shows one device here and another one in stat(2).
-    ours = {(device, str(status.st_ino)), (str(file), str(status.st_ino))}
+    wanted = {MappedAs(device, inode), MappedAs(str(path.resolve()), inode), *also}
     found = []
     for maps in Path("/proc").glob("[0-9]*/maps"):
         if int(maps.parts[2]) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
-            if any(ours & _names(line) for line in maps.read_text().splitlines()):
+            # Lines end at newlines only: other bytes are part of some file's name.
+            lines = maps.read_bytes().decode(errors="replace").split("\n")
+            if any(not wanted.isdisjoint(_names(line)) for line in lines if line):
                 found.append(int(maps.parts[2]))
     return found
 
 
-def _names(line: str) -> set[tuple[str, str]]:
-    """What a line of maps calls its file: by device and inode, and by path and inode."""
+def _names(line: str) -> tuple[MappedAs, ...]:
+    """What a line of maps calls its file: by device, by path, and by device and name."""
     fields = line.split(maxsplit=5)
-    return {(fields[3], fields[4]), (fields[-1], fields[4])}
+    device, inode, path = fields[3], fields[4], fields[-1]
+    name = path.rpartition("/")[2]
+    return MappedAs(device, inode), MappedAs(path, inode), MappedAs(device, name)

@@ -16,7 +16,7 @@ from pmblkd import leftovers, loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
-from pmblkd.mappers import processes_that_map
+from pmblkd.mappers import on_mount, processes_that_map
 
 
 def check(file: Path, config: Config) -> None:
@@ -64,7 +64,7 @@ def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) ->
                 hint="give each namespace a file of its own",
             )
         _check_media(file, place, namespace)
-        _check_mappers(file, place, namespace)
+        _check_mappers(file, place, namespace, config.fuse)
         if config.fuse is not None and _is_served_by_us(namespace.file, config.fuse.mountpoint):
             raise ConfigError(
                 file,
@@ -137,10 +137,17 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
         )
 
 
-def _check_mappers(file: Path, place: str, namespace: NamespaceConfig) -> None:
-    """A client of a daemon that was killed may still store to the media themselves."""
+def _check_mappers(
+    file: Path, place: str, namespace: NamespaceConfig, fuse: FuseConfig | None
+) -> None:
+    """A client of a daemon that was killed may still store to the media themselves.
+
+    It mapped a file of that name on the mount that is still there.
+    """
+    mount = None if fuse is None else mounts.find(Path(fuse.mountpoint))
     if KINDS[namespace.representation_kind].keeps_copies and namespace.file.exists():
-        pids = processes_that_map(namespace.file)
+        also = () if mount is None else (on_mount(mount.minor, namespace.name),)
+        pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
         if pids:
             raise ConfigError(
                 file,

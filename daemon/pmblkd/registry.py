@@ -23,6 +23,7 @@ from pmblk.media import create, open_media
 from pmblk.representations import make
 from pmblkd.config import NamespaceConfig, representation_options
 from pmblkd.errors import did_you_mean
+from pmblkd.mappers import MappedAs
 
 _log = structlog.get_logger(__name__)
 
@@ -37,8 +38,8 @@ class Served:
         self.number = 0  # the registry's
         self.users = 0
         self.dax_opens = 0  # of its users, those whose mappings are the media themselves
-        self.was_dax = False  # such mappings may have outlived their opens
-        self.dax_kept_out = False  # for now: `pmblkd.fuse.mappings`
+        self.mapped_as: MappedAs | None = None  # such mappings may have outlived their opens
+        self.dax_kept_out = 0  # by so many, for now: `pmblkd.fuse.mappings`
         self.draining = False
         self.closed = False
         self._unused = trio.Event()

@@ -21,6 +21,7 @@ from pmblkd.config import Config, NamespaceConfig
 from pmblkd.fuse import mappings
 from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
+from pmblkd.fuse.passthrough import cut_excess
 from pmblkd.nbd.server import NbdServer
 from pmblkd.registry import Registry, Served, open_served
 from pmblkd.reload_plan import Plan, plan
@@ -189,6 +190,7 @@ class Reloader:
             size = one.size_bytes
             assert size is not None
             try:
+                _forget_excess(served)
                 await switching.resize(served.namespace, size)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}.size", reason=str(error)))
@@ -230,6 +232,14 @@ class Reloader:
             self._registry.add(served)
             added.append(one.name)
         return added
+
+
+def _forget_excess(served: Served) -> None:
+    """What a client wrote past the end must not be what the file grows by. Raises PmblkError."""
+    try:
+        cut_excess(served)
+    except OSError as error:
+        raise PmblkError(f"cannot cut {served.namespace.media.path}: {error.strerror}") from error
 
 
 def _as_served(served: Served) -> NamespaceConfig:

@@ -1,8 +1,9 @@
 """O_DIRECT to and from a buffer that is itself mapped persistent memory.
 
 The buffer is a mapping of one namespace's media, the device is another namespace behind a loop
-device: get_user_pages on the mapping, a bio, the driver; no copy in between. The recipe with fio is
-in docs/representations.md.
+device: get_user_pages on the mapping, a bio, the driver; no copy in between. The media are mapped
+by their own file, or by their file on the daemon's mount, which is the same memory. The recipe with
+fio is in docs/representations.md.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ CONFIG = f"""
 name = "dax"
 path = "{{dir}}/dax.img"
 size = {SIZE}
+dax = "DAX"
 
 [[namespace]]
 name = "device"
@@ -46,10 +48,19 @@ KINDS = ('"page-cache"', '"struct-page"', '"transient-page"', '"pfn"', '"extent"
 SMALL_ARENA = '{ kind = "page-cache", arena = "1MiB" }'
 
 
+MAPPED = (  # what is mapped, what its dax is, and how the other namespace is represented
+    ("mnt/dax", "auto", '"page-cache"'),
+    ("mnt/dax", "fast", '"struct-page"'),
+    ("mnt/dax", "auto", '"transient-page"'),
+    ("dax.img", "off", '"pfn"'),
+    ("mnt/dax", "fast", '"extent"'),
+)
+
+
 @contextlib.contextmanager
-def served(kind: str) -> Iterator[tuple[Daemon, Path]]:
+def served(kind: str, dax: str = "auto") -> Iterator[tuple[Daemon, Path]]:
     with (
-        running(CONFIG.replace('"REPRESENTATION"', kind)) as daemon,
+        running(CONFIG.replace('"REPRESENTATION"', kind).replace("DAX", dax)) as daemon,
         guarded(daemon, seconds=60),
         attached(daemon, "device") as device,
     ):
@@ -80,15 +91,15 @@ def mapped(file: Path) -> Iterator[memoryview]:
         os.close(fd)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_direct_io_moves_bytes_between_two_namespaces(kind: str) -> None:
+@pytest.mark.parametrize(("file", "dax", "kind"), MAPPED)
+def test_direct_io_moves_bytes_between_two_namespaces(file: str, dax: str, kind: str) -> None:
     """From the mapping of one to the other and back, seen over NBD on both sides."""
     content = random.Random(1).randbytes(SIZE)
-    with served(kind) as (daemon, device):
+    with served(kind, dax) as (daemon, device):
         write_over_nbd(daemon, "dax", content)
         fd = os.open(device, os.O_RDWR | os.O_DIRECT)
         try:
-            with mapped(daemon.directory / "dax.img") as view:
+            with mapped(daemon.directory / file) as view:
                 for offset in range(0, SIZE, MIB):
                     assert os.pwritev(fd, [view[offset : offset + MIB]], offset) == MIB
                 assert read_over_nbd(daemon, "device") == content
@@ -101,11 +112,11 @@ def test_direct_io_moves_bytes_between_two_namespaces(kind: str) -> None:
         assert read_over_nbd(daemon, "dax") == content[half:] + content[:half]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fio_with_its_buffers_in_mapped_memory_verifies(kind: str) -> None:
+@pytest.mark.parametrize(("path", "dax", "kind"), MAPPED)
+def test_fio_with_its_buffers_in_mapped_memory_verifies(path: str, dax: str, kind: str) -> None:
     """The recipe: fio's buffers are the mapping, so they hold its last block when it has ended."""
-    with served(kind) as (daemon, device):
-        file = daemon.directory / "dax.img"
+    with served(kind, dax) as (daemon, device):
+        file = daemon.directory / path
         common = (f"--filename={device}", "--direct=1", "--ioengine=libaio", "--bs=1m")
         buffers = f"--mem=mmapshared:{file}"
         fio.run(

@@ -1,4 +1,8 @@
-"""The mounted directory: a file a namespace, and what the kernel may and may not do with it."""
+"""The mounted directory: a file a namespace, and what the kernel may and may not do with it.
+
+All of it holds for both engines and for each way that bytes can go, but for what says otherwise by
+its name: past the daemon go reads and writes of files that are opened with dax = "fast".
+"""
 
 import contextlib
 import errno
@@ -18,6 +22,8 @@ import nbd
 import pytest
 
 from pmblkd.compare import fio
+from tests.e2e.conftest import assert_no_complaints, wait_for
+from tests.e2e.fuse_ways import WAYS, Way
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded, run
 
@@ -31,26 +37,30 @@ CONFIG = """
 name = "data"
 path = "{dir}/data.img"
 size = "32MiB"
+dax = "DAX"
 
 [[namespace]]
 name = "fixed"
 path = "{dir}/fixed.img"
 read_only = true
+dax = "DAX"
 
 [nbd]
 listen = ["unix:{dir}/nbd.sock"]
 
 [fuse]
 mountpoint = "{dir}/mnt"
+engine = "ENGINE"
 """
 
 
 @contextlib.contextmanager
-def served() -> Iterator[Daemon]:
+def served(way: Way) -> Iterator[Daemon]:
     """A daemon that is killed rather than let anybody wait for its mount for ever."""
     with scratch() as directory:
         (directory / "fixed.img").write_bytes(bytes(range(256)) * 4096)
-        daemon = Daemon(directory, CONFIG.replace("{dir}", str(directory))).start()
+        text = CONFIG.replace("ENGINE", way.engine).replace("DAX", way.dax)
+        daemon = Daemon(directory, text.replace("{dir}", str(directory))).start()
         try:
             with guarded(daemon, seconds=HANG_SECONDS):
                 yield daemon
@@ -59,15 +69,25 @@ def served() -> Iterator[Daemon]:
                 daemon.stop()
 
 
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> Way:
+    return WAYS[request.param]
+
+
 @pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with served() as one:
+def daemon(way: Way) -> Iterator[Daemon]:
+    with served(way) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
 def mnt(daemon: Daemon) -> Path:
     return daemon.directory / "mnt"
+
+
+def only(*names: str) -> pytest.MarkDecorator:
+    """For a test of those ways alone."""
+    return pytest.mark.parametrize("way", names, indirect=True)
 
 
 @contextlib.contextmanager
@@ -114,8 +134,8 @@ def test_directory_entries_carry_the_inode_that_stat_shows(mnt: Path) -> None:
     assert listed == {name: (mnt / name).stat().st_ino for name in listed}
 
 
-def test_a_file_has_the_blocks_that_were_written() -> None:
-    with served() as fresh:
+def test_a_file_has_the_blocks_that_were_written(way: Way) -> None:
+    with served(way) as fresh:
         path = fresh.directory / "mnt" / "data"
         with opened(path) as fd:
             before = os.fstat(fd).st_blocks
@@ -154,6 +174,7 @@ def test_a_read_is_short_at_the_end_and_empty_past_it(mnt: Path) -> None:
         assert os.pread(fd, 8192, SIZE + MIB) == b""
 
 
+@only("pyfuse3", "off", "auto")
 def test_a_write_is_short_at_the_end_and_finds_no_space_past_it(mnt: Path) -> None:
     with opened(mnt / "data") as fd:
         assert os.pwrite(fd, b"y" * 8192, SIZE - 100) == 100
@@ -164,7 +185,27 @@ def test_a_write_is_short_at_the_end_and_finds_no_space_past_it(mnt: Path) -> No
         assert os.fstat(fd).st_size == SIZE
 
 
-def test_direct_io_moves_a_mebibyte_at_once(daemon: Daemon, mnt: Path) -> None:
+def test_what_a_fast_client_writes_past_the_end_is_cut_off_with_a_warning() -> None:
+    """At its fsync, and at its close(2). Nobody else ever sees another size."""
+    with served(WAYS["fast"]) as daemon, opened(daemon.directory / "mnt" / "data") as other:
+        media = daemon.directory / "data.img"
+        with opened(daemon.directory / "mnt" / "data") as fd:
+            assert os.pwrite(fd, b"y" * 8192, SIZE - 100) == 8192
+            assert media.stat().st_size == SIZE + 8092, "it goes past the daemon"
+            assert os.fstat(fd).st_size == os.fstat(other).st_size == SIZE
+            os.fsync(fd)
+            assert media.stat().st_size == SIZE
+            assert os.pread(fd, 8192, SIZE - 100) == b"y" * 100
+            os.pwrite(fd, b"z", SIZE + MIB)
+        wait_for(lambda: media.stat().st_size == SIZE)  # close(2) does not wait for the daemon
+        assert daemon.log.count("wrote past the end") == 2
+        assert f"bytes={MIB + 1}" in daemon.log
+        assert os.fstat(other).st_size == SIZE
+        assert int(run("nbdinfo", "--size", daemon.uri("data"))) == SIZE
+
+
+def direct_io(daemon: Daemon, mnt: Path) -> dict[str, int]:
+    """Write a mebibyte and read it back, past all caches; what the daemon counted of it."""
     source, target = mmap.mmap(-1, MIB), mmap.mmap(-1, MIB)
     source[:] = os.urandom(MIB)
     before = counters(daemon)
@@ -172,9 +213,19 @@ def test_direct_io_moves_a_mebibyte_at_once(daemon: Daemon, mnt: Path) -> None:
         assert os.pwrite(fd, source, MIB) == MIB
         assert os.preadv(fd, [target], MIB) == MIB
     assert target[:] == source[:]
-    after = counters(daemon)
-    assert {key: after[key] - before[key] for key in after} == {
-        **dict.fromkeys(after, 0),
+    return {key: count - before[key] for key, count in counters(daemon).items()}
+
+
+@only("fast")
+def test_direct_io_of_a_fast_client_is_not_counted(daemon: Daemon, mnt: Path) -> None:
+    assert not any(direct_io(daemon, mnt).values())
+
+
+@only("pyfuse3", "off", "auto")
+def test_direct_io_moves_a_mebibyte_at_once(daemon: Daemon, mnt: Path) -> None:
+    counted = direct_io(daemon, mnt)
+    assert counted == {
+        **dict.fromkeys(counted, 0),
         "writes": 1,
         "write_bytes": MIB,
         "reads": 1,
@@ -191,8 +242,12 @@ def test_an_fsync_is_a_flush(daemon: Daemon, mnt: Path) -> None:
     assert counters(daemon)["flushes"] == before + 1
 
 
+def counters_of(daemon: Daemon, name: str) -> dict[str, int]:
+    return dict(msgspec.to_builtins(daemon.stats(name).namespace_counters))
+
+
 def counters(daemon: Daemon) -> dict[str, int]:
-    return dict(msgspec.to_builtins(daemon.stats("data").namespace_counters))
+    return counters_of(daemon, "data")
 
 
 def test_a_write_here_is_seen_over_nbd_at_once_and_the_other_way_round(
@@ -283,6 +338,25 @@ def test_a_read_only_namespace_can_be_read(mnt: Path) -> None:
     assert (mnt / "fixed").read_bytes() == bytes(range(256)) * 4096
 
 
+def test_a_read_only_namespace_can_be_mapped_but_not_to_store_there(way: Way, mnt: Path) -> None:
+    """A private mapping may be stored to: its pages are its own."""
+    with opened(mnt / "fixed", os.O_RDONLY) as fd:
+        with refused(errno.EACCES if way.engine == "kernel" else errno.ENODEV, errno.EACCES):
+            mmap.mmap(fd, MIB, flags=mmap.MAP_SHARED)
+        with mmap.mmap(fd, MIB, flags=mmap.MAP_PRIVATE) as private:
+            assert private[:256] == bytes(range(256))
+            private[:4] = b"mine"
+        if way.engine == "kernel":
+            with mmap.mmap(fd, MIB, prot=mmap.PROT_READ) as shared:
+                assert shared[:256] == bytes(range(256))
+
+
+@only("pyfuse3")
+def test_libfuse_has_no_shared_mapping(mnt: Path) -> None:
+    with opened(mnt / "data") as fd, refused(errno.ENODEV):
+        mmap.mmap(fd, MIB)
+
+
 def test_the_kernel_asks_only_once_for_extended_attributes(daemon: Daemon, mnt: Path) -> None:
     """The daemon is stopped for the second question: only the kernel can answer it."""
     with opened(mnt / "data", os.O_RDONLY) as fd:
@@ -314,3 +388,10 @@ def _ask_for_an_attribute(fd: int, *, go_on: Callable[[], None]) -> str:
         go_on()
         child.wait(10)
     return answer
+
+
+# ---- after all of the above
+
+
+def test_none_of_it_was_worth_a_complaint(daemon: Daemon) -> None:
+    assert_no_complaints(daemon)

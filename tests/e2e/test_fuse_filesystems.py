@@ -1,9 +1,13 @@
 """ext4, xfs and btrfs over a loop device on a FUSE file: a whole life, and a daemon killed amid it.
 
+On both engines and each way that the bytes of the file can go (`tests.e2e.fuse_ways`). Only the
+kernel engine discards: with `punch` memory is given back, without it is zeroed and kept.
+
 Where a check has a seed, the test's output shows it.
 """
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -11,11 +15,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
 from pmblkd.compare import fio
 from tests.e2e import fsync_writer
-from tests.e2e.conftest import wait_for
+from tests.e2e.conftest import assert_no_complaints, wait_for
+from tests.e2e.fuse_ways import WAYS
+from tests.e2e.test_fuse_files import opened
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
     TREE,
@@ -34,6 +41,8 @@ from tests.harness.file_systems import (
 
 pytestmark = pytest.mark.e2e
 
+MIB = 1 << 20
+LARGE_MIB = 40
 HANG_SECONDS = 90
 WRITER_SECONDS = 30
 ROUNDS = 2
@@ -43,9 +52,15 @@ name = "data"
 path = "{dir}/data.img"
 size = "400MiB"
 representation = "REPRESENTATION"
+dax = "DAX"
+
+[nbd]
+listen = ["unix:{dir}/nbd.sock"]
 
 [fuse]
 mountpoint = "{dir}/mnt"
+engine = "ENGINE"
+punch = PUNCH
 """
 FIO = (
     *("--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--size=24m", "--fsync=64"),
@@ -55,11 +70,19 @@ FIO = (
 
 
 @contextlib.contextmanager
-def served(representation: str) -> Iterator[Daemon]:
-    with (
-        running(CONFIG.replace("REPRESENTATION", representation)) as daemon,
-        guarded(daemon, seconds=HANG_SECONDS),
-    ):
+def served(
+    representation: str = "extent", *, way: str = "auto", punch: bool = False
+) -> Iterator[Daemon]:
+    words = {
+        "REPRESENTATION": representation,
+        "ENGINE": WAYS[way].engine,
+        "DAX": WAYS[way].dax,
+        "PUNCH": str(punch).lower(),
+    }
+    text = CONFIG
+    for word, value in words.items():
+        text = text.replace(word, value)
+    with running(text) as daemon, guarded(daemon, seconds=HANG_SECONDS):
         yield daemon
 
 
@@ -71,19 +94,30 @@ def setting(device: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "representation"),
+    ("kind", "way", "representation", "punch"),
     [
-        ("ext4", "extent"),
-        ("ext4", "page-cache"),
-        ("xfs", "extent"),
-        ("btrfs", "page-cache"),
-        ("ext4", "struct-page"),
-        ("xfs", "transient-page"),
-        ("btrfs", "pfn"),
+        ("ext4", "pyfuse3", "page-cache", False),
+        ("ext4", "off", "transient-page", True),
+        ("ext4", "auto", "extent", False),
+        ("ext4", "fast", "struct-page", True),
+        ("xfs", "pyfuse3", "struct-page", False),
+        ("xfs", "off", "page-cache", False),
+        ("xfs", "auto", "pfn", True),
+        ("xfs", "fast", "extent", False),
+        ("btrfs", "pyfuse3", "pfn", False),
+        ("btrfs", "off", "page-cache", True),
+        ("btrfs", "auto", "transient-page", False),
+        ("btrfs", "fast", "transient-page", True),
     ],
 )
-def test_a_file_system_keeps_what_was_written(kind: str, representation: str) -> None:
-    with served(representation) as daemon, attached(daemon, "data") as device:
+def test_a_file_system_keeps_what_was_written(
+    kind: str, way: str, representation: str, punch: bool
+) -> None:
+    """Every kind on each way, each way with and without punching, every representation."""
+    with (
+        served(representation, way=way, punch=punch) as daemon,
+        attached(daemon, "data") as device,
+    ):
         directory = daemon.directory / "fs"
         make(kind, device)
         with mounted(device, directory):
@@ -91,6 +125,8 @@ def test_a_file_system_keeps_what_was_written(kind: str, representation: str) ->
             fio.run([f"--directory={directory}", *FIO], seconds=60)
             run("sync", "--file-system", str(directory))
             before = checksums(directory)
+            if WAYS[way].discards:
+                trim(daemon, directory, punch=punch)
         check(kind, device)
         forget_cached(device)
         with mounted(device, directory):
@@ -98,32 +134,102 @@ def test_a_file_system_keeps_what_was_written(kind: str, representation: str) ->
         tree = {f"{TREE.name}/{name}": digest for name, digest in checksums(TREE).items()}
         assert tree.items() <= before.items()
         check(kind, device)
+        assert_no_complaints(daemon)
+
+
+def trim(daemon: Daemon, directory: Path, *, punch: bool) -> None:
+    """Fill a file, remove it and fstrim: its memory comes back with `punch`, and stays without."""
+    large = directory / "large"
+    large.write_bytes(random.randbytes(MIB) * LARGE_MIB)
+    run("sync", "--file-system", str(directory))
+    full = allocated(daemon)
+    large.unlink()
+    run("sync", "--file-system", str(directory))
+    run("fstrim", str(directory))
+    freed = full - allocated(daemon)
+    if punch:
+        assert freed > (LARGE_MIB - 4) * MIB
+    else:
+        assert freed <= 0
+
+
+def allocated(daemon: Daemon) -> int:
+    (namespace,) = daemon.list()
+    return int(namespace["allocated_bytes"])
 
 
 # ---- the loop device
 
 
-def test_the_loop_device_has_our_block_size_direct_io_and_no_discard() -> None:
-    with served("extent") as daemon, attached(daemon, "data") as device:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loop_device_has_our_block_size_direct_io_and_discard_where_it_works(way: str) -> None:
+    with served(way=way) as daemon, attached(daemon, "data") as device:
         assert setting(device, "queue/logical_block_size") == "4096"
         assert setting(device, "loop/dio") == "1"
-        assert setting(device, "queue/discard_max_bytes") == "0"
         assert setting(device, "loop/backing_file") == f"{daemon.directory}/mnt/data"
-        shown = run("lsblk", "--noheadings", "--output", "LOG-SEC,DISC-MAX", str(device))
-        assert shown.split() == ["4096", "0B"]
+        assert (setting(device, "queue/discard_max_bytes") != "0") == WAYS[way].discards
+        shown = run("lsblk", "--noheadings", "--bytes", "--output", "LOG-SEC,DISC-MAX", str(device))
+        assert shown.split() == ["4096", setting(device, "queue/discard_max_bytes")]
 
 
-def test_a_discard_is_refused_rather_than_lost() -> None:
+def test_a_discard_that_libfuse_cannot_deliver_is_refused_rather_than_lost() -> None:
     with (
-        served("extent") as daemon,
+        served(way="pyfuse3") as daemon,
         attached(daemon, "data") as device,
         pytest.raises(ProgramError, match="not supported"),
     ):
         run("blkdiscard", str(device))
 
 
+@pytest.mark.parametrize(
+    ("way", "representation", "punch"),
+    [
+        ("off", "page-cache", True),
+        ("off", "page-cache", False),
+        ("auto", "extent", True),
+        ("fast", "struct-page", False),
+    ],
+)
+def test_what_is_discarded_reads_as_zeroes_and_what_is_zeroed_has_memory(
+    way: str, representation: str, punch: bool
+) -> None:
+    """8 MiB are written, 2 discarded, 2 zeroed, and so is what has never been written."""
+    with (
+        served(representation, way=way, punch=punch) as daemon,
+        attached(daemon, "data") as device,
+    ):
+        content = random.randbytes(MIB) * 8
+        with opened(device) as fd:
+            os.pwrite(fd, content, 0)
+            os.fsync(fd)
+        assert allocated(daemon) == 8 * MIB
+        run("blkdiscard", "--offset", str(MIB), "--length", str(2 * MIB), str(device))
+        assert allocated(daemon) == (6 if punch else 8) * MIB
+        run("blkdiscard", "--offset", str(100 * MIB), "--length", str(100 * MIB), str(device))
+        assert allocated(daemon) == (6 if punch else 8) * MIB, "a hole stays one"
+        run("blkdiscard", "--zeroout", "-o", str(5 * MIB), "-l", str(2 * MIB), str(device))
+        run("blkdiscard", "--zeroout", "-o", str(16 * MIB), "-l", str(2 * MIB), str(device))
+        assert allocated(daemon) == (8 if punch else 10) * MIB, "zeroes have memory"
+        cleared = [*range(1, 3), *range(5, 7)]
+        expected = b"".join(
+            bytes(MIB) if place in cleared else content[:MIB] for place in range(8)
+        ) + bytes(12 * MIB)
+        with opened(device) as fd:
+            assert os.pread(fd, 20 * MIB, 0) == expected
+        assert read_over_nbd(daemon, 20 * MIB) == expected
+
+
+def read_over_nbd(daemon: Daemon, length: int) -> bytes:
+    handle = nbd.NBD()
+    handle.connect_uri(daemon.uri("data"))
+    try:
+        return bytes(handle.pread(length, 0))
+    finally:
+        handle.shutdown()
+
+
 def test_a_detached_loop_device_is_gone() -> None:
-    with served("extent") as daemon:
+    with served() as daemon:
         with attached(daemon, "data") as device:
             assert Path("/sys/block", device.name).exists()
         assert f"{daemon.directory}/mnt" not in run("losetup", "--list")
@@ -131,7 +237,7 @@ def test_a_detached_loop_device_is_gone() -> None:
 
 @pytest.mark.parametrize("is_mounted", [False, True], ids=["idle", "mounted"])
 def test_a_device_that_a_killed_daemon_left_is_no_obstacle(is_mounted: bool) -> None:
-    with served("extent") as daemon, contextlib.ExitStack() as stack:
+    with served() as daemon, contextlib.ExitStack() as stack:
         directory = daemon.directory / "fs"
         left = Path(run(*daemon.command("attach", "data")).strip())
         try:
@@ -181,13 +287,19 @@ def test_the_check_for_lost_files_finds_each_kind_of_loss(tmp_path: Path) -> Non
     assert fsync_writer.lost(tmp_path, ["begun b v1 100"]) == []  # nobody said that it is kept
 
 
-@pytest.mark.parametrize("representation", ["extent", "page-cache", "struct-page"])
-def test_nothing_that_was_fsynced_is_lost_when_the_daemon_is_killed(representation: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "representation"),
+    [("pyfuse3", "page-cache"), ("off", "page-cache"), ("auto", "extent"), ("fast", "struct-page")],
+)
+def test_nothing_that_was_fsynced_is_lost_when_the_daemon_is_killed(
+    way: str, representation: str
+) -> None:
+    """Past the daemon writes go on after its end, but no fsync does: nothing more is promised."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     chosen = random.Random(seed)
     promises: list[str] = []
-    with served(representation) as daemon:
+    with served(representation, way=way) as daemon:
         with attached(daemon, "data") as device:
             make("ext4", device)
         for number in range(ROUNDS):

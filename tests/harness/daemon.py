@@ -63,6 +63,7 @@ class Daemon:
         sets = [argument for override in self._overrides for argument in ("--set", override)]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(str(path))
+            path.chmod(0o666)  # the program may run the daemon as somebody else
             notify.settimeout(0.05)
             started = time.monotonic()
             with self._log.open("ab") as log:

@@ -1,4 +1,6 @@
 import errno
+import fcntl
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -420,3 +422,42 @@ def test_closed_media_are_unlocked_though_a_view_is_still_out(
     media.close()
     open_media(directory / "a").close()
     assert bytes(view) == bytes(10)
+
+
+# ---- others
+
+
+def test_others_are_known_by_any_name_and_after_their_close(
+    make_media: MakeMedia, directory: Path
+) -> None:
+    media = make_media()
+    assert not media.is_open_elsewhere()
+    link = directory / "link"
+    os.link(media.path, link)
+    fd = os.open(link, os.O_RDWR)
+    assert media.is_open_elsewhere()
+    with mmap.mmap(fd, 4096):
+        os.close(fd)
+        link.unlink()
+        assert media.is_open_elsewhere()
+    assert not media.is_open_elsewhere()
+
+
+def test_a_descriptor_for_the_kernel_counts_until_it_is_closed(make_media: MakeMedia) -> None:
+    media = make_media()
+    fd = media.open_again()
+    assert media.is_open_elsewhere()
+    os.close(fd)
+    assert not media.is_open_elsewhere()
+
+
+def test_where_there_are_no_leases_nobody_is_said_to_be_there(
+    make_media: MakeMedia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_fd: int, command: int, _argument: int) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(errno.EINVAL, "no leases here")
+        return 0
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert not make_media().is_open_elsewhere()

@@ -152,7 +152,12 @@ class Media:
         self.durability.layout_changed()
 
     def cut_excess(self) -> int:
-        """Cut off what somebody else wrote past the end of the file; how many bytes that were."""
+        """Cut off what somebody else wrote past the end of the file; how many bytes that were.
+
+        A read-only file is its owner's to make longer. Raises OSError.
+        """
+        if self.read_only:
+            return 0
         excess = os.fstat(self._fd).st_size - self.file_bytes
         if excess <= 0:
             return 0
@@ -167,9 +172,20 @@ class Media:
         flags = os.O_RDONLY if self.read_only else os.O_RDWR
         return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
 
+    def is_open_elsewhere(self) -> bool:
+        """Whether anybody but us has the file open or mapped, as far as it can be told.
+
+        One that was given a descriptor by `open_again` counts, until it is closed.
+        """
+        return syscalls.is_open_elsewhere(self._fd)
+
+    def status(self) -> os.stat_result:
+        """Of the file itself, whatever has become of its name."""
+        return os.fstat(self._fd)
+
     def allocated_bytes(self) -> int:
         """What the file occupies, as its file system counts it."""
-        return os.fstat(self._fd).st_blocks * 512
+        return self.status().st_blocks * 512
 
     def resize(self, size: int) -> None:
         """Serve the first `size` bytes from now on; `view` is another one afterwards.

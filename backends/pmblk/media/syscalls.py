@@ -1,12 +1,14 @@
 """The few system calls that Python's os module does not have. ctypes releases the GIL in each.
 
-Sources: fallocate(2), statfs(2), mincore(2).
+Sources: fallocate(2), statfs(2), mincore(2), fcntl(2).
 """
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -79,6 +81,23 @@ def can_reserve(fd: int) -> bool:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
     return True
+
+
+def is_open_elsewhere(fd: int) -> bool:
+    """Whether anybody else has the file open or mapped; False if it cannot be told.
+
+    The kernel grants a write lease only to whoever has the file alone, by whatever name others come
+    to it, and mappings whose descriptors are closed count; older kernels without IMA do not count
+    those who only read. Ours is given back at once. Whoever opens the file in between waits that
+    long; we would be told by SIGURG, which is ignored (SIGIO would kill).
+    """
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def file_system(fd: int) -> str:

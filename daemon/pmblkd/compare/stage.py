@@ -181,11 +181,11 @@ def _started(work: Path, config: Path) -> Stage:
 def _config(
     work: Path, media: Path, file_bytes: int, lba_bytes: int, busy_poll_us: int, with_loop: bool
 ) -> str:
-    """TOML; its strings are JSON's."""
+    """TOML; its strings are JSON's. Past the daemon there would be nothing to compare."""
     fuse = f"[fuse]\nmountpoint = {json.dumps(str(work / 'mnt'))}\n" if with_loop else ""
     return (
         f'[[namespace]]\nname = "{NAME}"\npath = {json.dumps(str(media))}\n'
-        f"size = {file_bytes}\nlba_size = {lba_bytes}\nreserve = true\n"
+        f'size = {file_bytes}\nlba_size = {lba_bytes}\nreserve = true\ndax = "off"\n'
         f"[nbd]\nlisten = [{json.dumps(f'unix:{work / NBD_SOCKET}')}]\n{fuse}"
         f"[control]\nsocket = {json.dumps(str(work / CONTROL_SOCKET))}\n"
         f'[daemon]\nbusy_poll_us = {busy_poll_us}\nlog_level = "warning"\n'

@@ -81,17 +81,22 @@ class KernelEngine:
 
     def mount(self) -> None:
         """Mounted, and on terms with the kernel. Raises PmblkError; then nothing is mounted."""
+        place = self._mountpoint.resolve()  # before: afterwards it would have us wait for ourselves
         self._fd = mounting.mount(
             self._mountpoint, allow_other=self._allow_other, options=self._options
         )
-        self._mount = mounts.find(self._mountpoint)
+        self._mount = mounts.find(place)
         self._poll.register(self._fd, select.POLLIN)
         try:
             self._shake_hands()
         except BaseException:
             self.unmount()
             raise
-        self._doors.attach(self._fd, refusal=self._passthrough_refusal())
+        self._doors.attach(
+            self._fd,
+            minor=0 if self._mount is None else self._mount.minor,
+            refusal=self._passthrough_refusal(),
+        )
 
     def _shake_hands(self) -> None:
         """INIT is the first message, and it is there as soon as mount(2) returns."""
@@ -122,9 +127,9 @@ class KernelEngine:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)  # first: a client's page that is still dirty would wait for us for ever
-            if self._mount is not None and mounts.find(self._mountpoint) == self._mount:
+            if self._mount is not None and mounts.find(self._mount.path) == self._mount:
                 with contextlib.suppress(PmblkError):
-                    mounts.unmount(self._mountpoint)
+                    mounts.unmount(self._mount.path)
 
     def dax(self, served: Served) -> tuple[Way, str]:
         """How the bytes of its file go, and why not another way."""
@@ -148,6 +153,7 @@ class KernelEngine:
                     nursery.start_soon(self._unmount_when_told)
                     await self._serve()
                     nursery.cancel_scope.cancel()
+        self._doors.disconnected()
 
     def stop(self) -> None:
         """No further requests; what has arrived is still answered."""

@@ -2,10 +2,13 @@
 
 A client with a DAX mapping loads and stores the media; page-cache reads and writes its frames. So
 a switch to such a kind is refused while files are open that way, or are mapped: a mapping outlives
-the descriptor that it was made with, and the daemon hears nothing of it. Only proc(5) knows.
+the descriptor that it was made with, and the daemon hears nothing of it. proc(5) knows, by the name
+that the file had on its mount. When that mount is gone (its daemon was killed), only the kernel's
+count of those who have the media open knows.
 """
 
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import trio
@@ -14,6 +17,8 @@ from pmblk import PmblkError
 from pmblk.representations import KINDS
 from pmblkd.mappers import processes_that_map
 from pmblkd.registry import Served
+
+SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
 
 _HINT = 'close it, set dax = "off" for the namespace, and open it again'
 
@@ -24,12 +29,12 @@ async def kept_out(served: Served, kind: str) -> AsyncIterator[None]:
     if not KINDS[kind].keeps_copies:
         yield
         return
-    served.dax_kept_out = True  # before anybody is counted
+    served.dax_kept_out += 1  # before anybody is counted
     try:
         await _refuse_if_mapped(served, kind)
         yield
     finally:
-        served.dax_kept_out = False
+        served.dax_kept_out -= 1
 
 
 async def _refuse_if_mapped(served: Served, kind: str) -> None:
@@ -38,11 +43,31 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
         raise PmblkError(
             f"{served.name}: {problem} {served.dax_opens} open files may map them", hint=_HINT
         )
-    if served.was_dax:
-        # In a thread: the maps of a process that is busy with its memory can take their time.
-        pids = await trio.to_thread.run_sync(processes_that_map, served.namespace.media.path)
-        if pids:
-            raise PmblkError(
-                f"{served.name}: {problem} process {pids[0]} maps them",
-                hint=f"end it (of {len(pids)}), or have it unmap the file",
-            )
+    # In a thread: the maps of a process that is busy with its memory can take their time.
+    pids = await trio.to_thread.run_sync(_processes_that_map, served)
+    if pids:
+        raise PmblkError(
+            f"{served.name}: {problem} process {pids[0]} maps them",
+            hint=f"end it (of {len(pids)}), or have it unmap the file",
+        )
+    if await trio.to_thread.run_sync(_is_open_elsewhere, served):
+        raise PmblkError(
+            f"{served.name}: {problem} others have its file open or mapped",
+            hint="clients of a daemon that was killed, perhaps; end them",
+        )
+
+
+def _is_open_elsewhere(served: Served) -> bool:
+    end = time.monotonic() + SETTLE_SECONDS
+    while served.namespace.media.is_open_elsewhere():
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _processes_that_map(served: Served) -> list[int]:
+    """Also those that map the file itself, and not ours: their stores go to the media too."""
+    media = served.namespace.media
+    also = () if served.mapped_as is None else (served.mapped_as,)
+    return processes_that_map(media.path, media.status(), also=also)

@@ -7,6 +7,7 @@ Source: the kernel's Documentation/filesystems/fuse-passthrough.rst and fs/fuse/
 must be a regular file that lies on no stacked file system, and it takes CAP_SYS_ADMIN.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -16,12 +17,17 @@ import structlog
 
 from pmblkd.fuse import dax, wire
 from pmblkd.fuse.dax import Way
+from pmblkd.fuse.files import inode_of
+from pmblkd.mappers import on_mount
 from pmblkd.registry import Served
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # they pass
 
 _log = structlog.get_logger(__name__)
 
 
 class _Opened(msgspec.Struct):
+    served: Served
     way: Way
     backing: int  # the kernel's id; 0 is none
     opens: int = 0
@@ -32,23 +38,28 @@ class Passthrough:
 
     def __init__(self) -> None:
         self._fd = -1
+        self._minor = 0
         self._refusal = "not mounted"
         self._opened: dict[int, _Opened] = {}  # by the namespace's number
         self._refusals: dict[int, str] = {}  # what the kernel said of a namespace's file
 
-    def attach(self, device: int, *, refusal: str) -> None:
-        """`device` is /dev/fuse; `refusal`: why no file of this mount can be mapped, if so."""
+    def attach(self, device: int, *, minor: int, refusal: str) -> None:
+        """`device` is /dev/fuse, `minor` the mount's device number.
+
+        `refusal`: why no file of this mount can be mapped, if so.
+        """
         self._fd = device
+        self._minor = minor
         self._refusal = refusal
 
     def open(self, served: Served) -> tuple[Way, int]:
         opened = self._opened.get(served.number)
         if opened is None:
-            opened = self._opened[served.number] = _Opened(*self._first_open(served))
+            opened = self._opened[served.number] = _Opened(served, *self._first_open(served))
         opened.opens += 1
         if opened.way is not Way.DAEMON:
             served.dax_opens += 1
-            served.was_dax = True
+            served.mapped_as = on_mount(self._minor, str(inode_of(served)))
         return opened.way, opened.backing
 
     def close(self, served: Served) -> None:
@@ -56,12 +67,27 @@ class Passthrough:
         opened.opens -= 1
         if opened.way is not Way.DAEMON:
             served.dax_opens -= 1
-        if opened.way is Way.FAST:
-            _cut_excess(served)
         if opened.opens == 0:
             del self._opened[served.number]
             if opened.backing:
                 unregister(self._fd, opened.backing)
+        if opened.way is Way.FAST:
+            cut_excess(served)  # last, for it can fail
+
+    def disconnected(self) -> None:
+        """The mount is gone, and with it every open: no `close` will come.
+
+        What clients still have of the media after that, `pmblkd.fuse.mappings` finds.
+        """
+        for opened in self._opened.values():
+            if opened.way is not Way.DAEMON:
+                opened.served.dax_opens -= opened.opens
+            with contextlib.suppress(OSError):
+                if opened.backing:
+                    unregister(self._fd, opened.backing)
+                if opened.way is Way.FAST:
+                    cut_excess(opened.served)
+        self._opened.clear()
 
     def synced(self, served: Served) -> None:
         opened = self._opened.get(served.number)
@@ -69,7 +95,7 @@ class Passthrough:
             return
         served.namespace.media.stored_elsewhere()
         if opened.way is Way.FAST:
-            _cut_excess(served)
+            cut_excess(served)
 
     def describe(self, served: Served) -> tuple[Way, str]:
         """The way that its next open will go, and why it is not another one."""
@@ -81,10 +107,15 @@ class Passthrough:
 
     def _first_open(self, served: Served) -> tuple[Way, int]:
         way, _ = self._choose(served)
-        return way, 0 if way is Way.DAEMON else self._register(served)
+        if way is Way.DAEMON:
+            return way, 0
+        try:
+            return way, self._register(served)
+        except OSError as error:  # it took the file before: what is short is found again some time
+            _log.warning("a file goes through the daemon", name=served.name, reason=explain(error))
+            return Way.DAEMON, 0
 
     def _choose(self, served: Served) -> tuple[Way, str]:
-        """Asks the kernel, once for each namespace, whether it takes the file."""
         way, reason = dax.choose(served.config.dax, served.namespace)
         if way is Way.DAEMON:
             return way, reason
@@ -92,18 +123,23 @@ class Passthrough:
             return Way.DAEMON, "it is being switched to a kind that keeps copies"
         if self._refusal:
             return Way.DAEMON, self._refusal
-        if served.number not in self._refusals:
-            self._refusals[served.number] = self._try(served)
-        reason = self._refusals[served.number]
+        reason = self._refusal_of(served)
         return (Way.DAEMON, reason) if reason else (way, "")
 
-    def _try(self, served: Served) -> str:
+    def _refusal_of(self, served: Served) -> str:
+        """Asks the kernel, once for each namespace, whether it takes the file."""
+        known = self._refusals.get(served.number)
+        if known is not None:
+            return known
+        reason = ""
         try:
-            backing = self._register(served)
+            unregister(self._fd, self._register(served))
         except OSError as error:
-            return explain(error)
-        unregister(self._fd, backing)
-        return ""
+            reason = explain(error)
+            if error.errno in _SHORTAGES:
+                return reason
+        self._refusals[served.number] = reason
+        return reason
 
     def _register(self, served: Served) -> int:
         fd = served.namespace.media.open_again()
@@ -138,8 +174,11 @@ def explain(error: OSError) -> str:
     return f"passthrough: {error.strerror}"
 
 
-def _cut_excess(served: Served) -> None:
-    """Nobody but us makes the file longer; past the daemon, a write at the end does."""
+def cut_excess(served: Served) -> None:
+    """Nobody but us makes the file longer; past the daemon, a write at the end does.
+
+    Raises OSError.
+    """
     excess = served.namespace.media.cut_excess()
     if excess:
         _log.warning(

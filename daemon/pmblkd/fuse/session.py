@@ -10,7 +10,6 @@ word; sizes are cached for a second, and `resized` makes the message that ends t
 """
 
 import errno
-import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -31,6 +30,7 @@ Reply = Sequence["memoryview | bytes"]
 
 IO_BYTES_MAX = 1 << 20
 PAGES_MAX = IO_BYTES_MAX >> 12
+SEGMENTS_MAX = 1023  # and the header: the kernel takes 1024 pieces (IOV_MAX)
 BACKGROUND_MAX = 128  # asynchronous requests that the kernel keeps in flight
 BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 64
@@ -129,6 +129,8 @@ class Session:
         except struct.error:
             return error_reply(unique, errno.EINVAL)
         except OSError as error:
+            if opcode in _UNANSWERED:
+                return None
             return error_reply(unique, error.errno or errno.EIO)
 
     def answer(self, work: Work) -> Reply:
@@ -143,6 +145,8 @@ class Session:
                 for segment in command.segments or ()
             ]
             length = _REPLY_HEADER_BYTES + command.length
+            if len(segments) > SEGMENTS_MAX:
+                segments = [b"".join(segments)]
             return [wire.OUT_HEADER.pack(length, 0, work.unique), *segments]
         if opcode == WRITE:
             return _reply(work.unique, wire.WRITE_OUT.pack(command.length, 0))
@@ -202,7 +206,8 @@ class Session:
         name = bytes(body)
         if not name.endswith(b"\0"):
             raise refuse(errno.EINVAL)
-        attributes = self._files.lookup(inode, os.fsdecode(name[:-1]))
+        # Names are ASCII; any other stays one that nothing has.
+        attributes = self._files.lookup(inode, name[:-1].decode("ascii", "surrogateescape"))
         entry = wire.ENTRY_OUT.pack(attributes.inode, 0, 0, ATTRIBUTE_SECONDS, 0, 0)
         return _reply(unique, entry + _attr(attributes))
 
@@ -262,7 +267,7 @@ class Session:
     def _ioctl(self, unique: int, inode: int, body: memoryview) -> Reply:
         """BLKGETSIZE64, for programs that ask a disk image as they would a disk."""
         _, _, request, _, _, room = wire.IOCTL_IN.unpack_from(body)
-        size = self._files.attributes(inode).size
+        size = self._files.served(inode).namespace.size
         if request != wire.BLKGETSIZE64 or room < wire.SIZE64.size:
             raise refuse(errno.ENOTTY)
         return _reply(unique, wire.IOCTL_OUT.pack(0, 0, 0, 0) + wire.SIZE64.pack(size))
@@ -353,6 +358,6 @@ def _attr(attributes: Attributes) -> bytes:
 
 
 def _dirent(name: str, inode: int) -> bytes:
-    encoded = os.fsencode(name)
+    encoded = name.encode("ascii")  # the config takes no others
     entry = wire.DIRENT.pack(inode, inode, len(encoded), wire.DT_REG) + encoded
     return entry + bytes(-len(entry) % 8)

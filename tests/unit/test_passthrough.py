@@ -1,0 +1,600 @@
+"""Backing files and their ids, with a kernel that is played; and who is kept out meanwhile."""
+
+import errno
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from pmblk import Namespace, PmblkError
+from pmblkd import mappers
+from pmblkd.config import Dax
+from pmblkd.fuse import passthrough
+from pmblkd.fuse.dax import Way
+from pmblkd.fuse.mappings import kept_out
+from pmblkd.fuse.passthrough import Passthrough
+from pmblkd.mappers import MappedAs, on_mount, processes_that_map
+from pmblkd.registry import Served
+from tests.unit.conftest import LogRecord, MakeNamespace, registered
+from tests.unit.fuse_kernel import BackingFiles
+
+SIZE = 1 << 20
+DEVICE, MINOR = 77, 40
+MAP_THE_FILE = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    mapping = mmap.mmap(file.fileno(), 0)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> BackingFiles:
+    return BackingFiles(monkeypatch)
+
+
+@pytest.fixture
+def doors(kernel: BackingFiles) -> Passthrough:
+    one = Passthrough()
+    one.attach(DEVICE, minor=MINOR, refusal="")
+    return one
+
+
+@pytest.fixture
+def serve(make_namespace: MakeNamespace) -> Callable[..., Served]:
+    """A namespace in service, number 1; `dax` as the config has it."""
+
+    def serve_one(dax: Dax = "auto", **options: Any) -> Served:
+        (served,) = registered(make_namespace(**options))
+        set_dax(served, dax)
+        return served
+
+    return serve_one
+
+
+def set_dax(served: Served, dax: Dax) -> None:
+    served.config = msgspec.structs.replace(served.config, dax=dax)
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[int]:
+    """The process that maps the file meanwhile."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", MAP_THE_FILE, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with child:
+        assert child.stdout.readline() == b"mapped\n"
+        yield child.pid
+        child.stdin.close()
+        assert child.wait(10) == 0
+
+
+# ---- what the kernel is asked
+
+
+def test_the_kernel_is_given_the_descriptor_and_asked_for_its_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int, bytes]] = []
+
+    def ioctl(device: int, request: int, argument: "bytes | bytearray") -> Any:
+        asked.append((device, request, bytes(argument)))
+        return 9 if isinstance(argument, bytearray) else bytes(argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert passthrough.register(DEVICE, 5) == 9
+    passthrough.unregister(DEVICE, 9)
+    opening, closing = 1 << 30 | 16 << 16 | 229 << 8 | 1, 1 << 30 | 4 << 16 | 229 << 8 | 2
+    assert asked == [
+        (DEVICE, opening, struct.pack("<iIQ", 5, 0, 0)),
+        (DEVICE, closing, struct.pack("<I", 9)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EPERM, "passthrough takes CAP_SYS_ADMIN"),
+        (errno.ELOOP, "stacked file system (overlay, FUSE); move it"),
+        (errno.EOPNOTSUPP, "Linux 6.9 has, for regular files"),
+        (errno.ENOTTY, "this kernel has no passthrough"),
+        (errno.EINVAL, "this kernel has no passthrough"),
+        (errno.EMFILE, "passthrough: Too many open files"),
+    ],
+)
+def test_a_refusal_of_the_kernel_is_said_in_words_and_the_daemon_serves(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int, words: str
+) -> None:
+    served = serve()
+    kernel.error = code
+    way, reason = doors.describe(served)
+    assert way is Way.DAEMON
+    assert words in reason
+    assert doors.open(served) == (Way.DAEMON, 0)
+    doors.close(served)
+    assert served.dax_opens == 0
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP])
+def test_what_the_kernel_will_never_take_it_is_asked_once(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int
+) -> None:
+    served = serve()
+    kernel.error = code
+    first = doors.describe(served)
+    kernel.error = 0
+    assert doors.describe(served) == first
+    assert kernel.given == 0
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC])
+def test_a_shortage_passes(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int
+) -> None:
+    served = serve()
+    kernel.error = code
+    assert doors.open(served) == (Way.DAEMON, 0)
+    kernel.error = 0
+    assert doors.open(served) == (Way.DAEMON, 0), "as the one before it, which is still open"
+    doors.close(served)
+    doors.close(served)
+    assert doors.open(served)[0] is Way.DAX
+
+
+def test_a_shortage_at_an_opening_has_the_daemon_serve_the_file(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, logged: LogRecord
+) -> None:
+    served = serve()
+    assert doors.describe(served) == (Way.DAX, "")
+    kernel.error = errno.EMFILE
+    assert doors.open(served) == (Way.DAEMON, 0)
+    assert "Too many open files" in logged.expect("a file goes through the daemon")["reason"]
+    assert served.dax_opens == 0
+    doors.close(served)
+
+
+def test_a_mount_without_passthrough_says_so(serve: Callable[..., Served]) -> None:
+    doors, served = Passthrough(), serve()
+    assert doors.describe(served) == (Way.DAEMON, "not mounted")
+    doors.attach(DEVICE, minor=MINOR, refusal="this kernel has no passthrough")
+    assert doors.describe(served) == (Way.DAEMON, "this kernel has no passthrough")
+    assert doors.open(served) == (Way.DAEMON, 0)
+
+
+def test_asking_how_a_file_goes_leaves_nothing_with_the_kernel(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles
+) -> None:
+    served = serve()
+    for _ in range(3):
+        assert doors.describe(served) == (Way.DAX, "")
+    assert (kernel.given, kernel.open) == (1, {})
+    assert served.users == served.dax_opens == 0
+
+
+# ---- opens
+
+
+@pytest.mark.parametrize(
+    ("dax", "options", "way"),
+    [
+        ("auto", {}, Way.DAX),
+        ("fast", {}, Way.FAST),
+        ("off", {}, Way.DAEMON),
+        ("auto", {"kind": "page-cache"}, Way.DAEMON),
+        ("fast", {"kind": "struct-page", "options": {"memmap": "device"}}, Way.DAEMON),
+    ],
+    ids=str,
+)
+def test_all_opens_of_a_file_share_one_id_that_is_closed_once(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    dax: Dax,
+    options: dict[str, Any],
+    way: Way,
+) -> None:
+    served = serve(dax, **options)
+    answers = [doors.open(served) for _ in range(3)]
+    assert {one for one, _ in answers} == {way}
+    ids = {backing for _, backing in answers}
+    passes = way is not Way.DAEMON
+    assert set(kernel.open) == (ids if passes else set())
+    assert ids != {0} if passes else ids == {0}
+    assert served.dax_opens == (3 if passes else 0)
+    for left in (2, 1):
+        doors.close(served)
+        assert len(kernel.open) == passes
+        assert served.dax_opens == left * passes
+    doors.close(served)
+    assert not kernel.open
+    assert served.dax_opens == 0
+
+
+def test_the_kernel_gets_the_media_by_a_descriptor_of_its_own(
+    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles
+) -> None:
+    served = serve()
+    before = set(os.listdir("/proc/self/fd"))
+    _, backing = doors.open(served)
+    assert os.path.samestat(kernel.open[backing], served.namespace.media.path.stat())
+    assert set(os.listdir("/proc/self/fd")) == before, "ours is closed at once"
+    doors.close(served)
+
+
+def test_files_of_two_namespaces_do_not_share_an_id(
+    make_namespace: MakeNamespace, doors: Passthrough, kernel: BackingFiles
+) -> None:
+    first, second = make_namespace(name="a.img"), make_namespace(name="b.img")
+    first.name, second.name = "a", "b"
+    one, other = registered(first, second)
+    assert doors.open(one)[1] != doors.open(other)[1]
+    doors.close(one)
+    assert len(kernel.open) == 1
+    doors.close(other)
+    assert not kernel.open
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("auto", "off"), ("off", "auto"), ("auto", "fast"), ("fast", "off")]
+)
+def test_a_file_goes_the_way_that_it_was_opened_until_its_last_release(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    before: Dax,
+    after: Dax,
+) -> None:
+    """The kernel refuses a mixture."""
+    served = serve(before)
+    began, _ = doors.open(served)
+    set_dax(served, after)
+    assert doors.open(served)[0] is began
+    assert doors.describe(served) == (began, "its open files began that way; close them all")
+    doors.close(served)
+    assert doors.open(served)[0] is began
+    doors.close(served)
+    doors.close(served)
+    assert not kernel.open
+    assert doors.open(served)[0] is not began
+    doors.close(served)
+
+
+@pytest.mark.parametrize(("dax", "changes"), [("auto", 1), ("fast", 1), ("off", 0)])
+def test_a_sync_covers_what_clients_stored(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    monkeypatch: pytest.MonkeyPatch,
+    dax: Dax,
+    changes: int,
+) -> None:
+    served = serve(dax)
+    told: list[str] = []
+    monkeypatch.setattr(
+        served.namespace.media.durability, "layout_changed", lambda: told.append("changed")
+    )
+    doors.synced(served)
+    assert told == [], "nobody has it open"
+    doors.open(served)
+    doors.synced(served)
+    assert len(told) == changes
+    doors.close(served)
+
+
+# ---- past the end
+
+
+def grow(served: Served, length: int) -> None:
+    """A client writes past the end, which the daemon does not see."""
+    with served.namespace.media.path.open("ab") as file:
+        file.write(b"x" * length)
+
+
+@pytest.mark.parametrize("when", ["sync", "close"])
+def test_what_a_fast_client_wrote_past_the_end_is_cut_off_with_a_warning(
+    serve: Callable[..., Served], doors: Passthrough, logged: LogRecord, when: str
+) -> None:
+    served = serve("fast")
+    doors.open(served)
+    doors.open(served)
+    grow(served, 5000)
+    doors.synced(served) if when == "sync" else doors.close(served)
+    record = logged.expect("a client wrote past the end: what it wrote there is cut off")
+    assert (record["name"], record["bytes"]) == ("ns", 5000)
+    assert served.namespace.media.path.stat().st_size == SIZE
+    doors.synced(served)
+    doors.close(served)
+
+
+@pytest.mark.parametrize("dax", ["auto", "off"])
+def test_where_the_daemon_sees_every_write_nothing_is_cut(
+    serve: Callable[..., Served], doors: Passthrough, dax: Dax
+) -> None:
+    served = serve(dax)
+    doors.open(served)
+    grow(served, 5000)
+    doors.synced(served)
+    doors.close(served)
+    assert served.namespace.media.path.stat().st_size == SIZE + 5000
+
+
+def test_a_read_only_file_is_not_ours_to_cut(
+    serve: Callable[..., Served], doors: Passthrough, directory: Path
+) -> None:
+    (directory / "media.img").write_bytes(bytes(SIZE))
+    served = serve("fast", read_only=True)
+    assert doors.open(served)[0] is Way.FAST
+    grow(served, 5000)
+    doors.close(served)
+    assert served.namespace.media.path.stat().st_size == SIZE + 5000
+
+
+def test_an_end_that_cannot_be_cut_keeps_no_id(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = serve("fast")
+    doors.open(served)
+
+    def fail() -> int:
+        raise OSError(errno.EIO, "disk")
+
+    monkeypatch.setattr(served.namespace.media, "cut_excess", fail)
+    with pytest.raises(OSError, match="disk"):
+        doors.close(served)
+    assert (kernel.open, served.dax_opens) == ({}, 0)
+    assert doors.open(served)[1] == kernel.given, "a new one"
+
+
+# ---- the mount's end
+
+
+@pytest.mark.parametrize("dax", ["auto", "fast", "off"])
+def test_opens_end_with_their_mount_though_nobody_releases_them(
+    serve: Callable[..., Served],
+    doors: Passthrough,
+    kernel: BackingFiles,
+    logged: LogRecord,
+    dax: Dax,
+) -> None:
+    served = serve(dax)
+    for _ in range(2):
+        doors.open(served)
+    grow(served, 5000)
+    doors.disconnected()
+    assert (kernel.open, served.dax_opens) == ({}, 0)
+    left = 0 if dax == "fast" else 5000
+    if dax == "fast":
+        logged.expect("a client wrote past the end: what it wrote there is cut off")
+    assert served.namespace.media.path.stat().st_size == SIZE + left
+
+
+def test_a_kernel_that_forgot_the_id_with_the_mount_does_not_keep_the_opens(
+    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    doors.open(served)
+
+    def fail(_device: int, _backing: int) -> None:
+        raise OSError(errno.ENOTCONN, "gone")
+
+    monkeypatch.setattr(passthrough, "unregister", fail)
+    doors.disconnected()
+    assert served.dax_opens == 0
+
+
+# ---- kept out while a representation keeps copies
+
+
+async def test_a_switch_to_copies_is_refused_while_a_file_is_open_that_way(
+    serve: Callable[..., Served], doors: Passthrough
+) -> None:
+    served = serve()
+    doors.open(served)
+    with pytest.raises(PmblkError, match="page-cache keeps copies of the media, and 1 open files"):
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    assert not served.dax_kept_out
+    doors.close(served)
+    async with kept_out(served, "page-cache"):
+        assert served.dax_kept_out
+
+
+async def test_an_open_that_goes_through_the_daemon_is_in_nobody_s_way(
+    serve: Callable[..., Served], doors: Passthrough
+) -> None:
+    served = serve("off")
+    doors.open(served)
+    async with kept_out(served, "page-cache"):
+        assert doors.open(served)[0] is Way.DAEMON
+
+
+@pytest.mark.parametrize("kind", ["extent", "pfn", "struct-page", "transient-page"])
+async def test_kinds_without_copies_keep_nobody_out(
+    serve: Callable[..., Served], doors: Passthrough, kind: str
+) -> None:
+    served = serve()
+    doors.open(served)
+    with mapped(served.namespace.media.path):
+        async with kept_out(served, kind):
+            assert doors.open(served)[0] is Way.DAX
+
+
+async def test_opens_during_a_switch_go_through_the_daemon_and_later_ones_with_them(
+    serve: Callable[..., Served], doors: Passthrough
+) -> None:
+    served = serve()
+    async with kept_out(served, "page-cache"):
+        assert doors.describe(served) == (
+            Way.DAEMON,
+            "it is being switched to a kind that keeps copies",
+        )
+        assert doors.open(served) == (Way.DAEMON, 0)
+    assert doors.open(served) == (Way.DAEMON, 0)
+    doors.close(served)
+    doors.close(served)
+    assert doors.open(served)[0] is Way.DAX, "the switch did not come about, so it may again"
+
+
+async def test_two_switches_at_a_time_keep_clients_out_until_both_are_over(
+    serve: Callable[..., Served], doors: Passthrough
+) -> None:
+    served = serve()
+    async with kept_out(served, "page-cache"):
+        async with kept_out(served, "page-cache"):
+            pass
+        assert doors.describe(served)[0] is Way.DAEMON
+    assert doors.describe(served)[0] is Way.DAX
+
+
+async def test_a_switch_is_refused_while_a_process_maps_the_file_and_not_after(
+    serve: Callable[..., Served],
+) -> None:
+    """Whoever it is: a client of a daemon that was killed has never opened a file of this one."""
+    served = serve()
+    with (
+        mapped(served.namespace.media.path) as pid,
+        pytest.raises(PmblkError, match=f"process {pid} maps them"),
+    ):
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    async with kept_out(served, "page-cache"):
+        assert served.dax_kept_out
+
+
+async def test_a_switch_is_refused_while_others_have_the_file_and_nobody_knows_who(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount by whose name they came is gone with the daemon that was killed."""
+    monkeypatch.setattr("pmblkd.fuse.mappings.SETTLE_SECONDS", 0)
+    served = serve()
+    with (
+        served.namespace.media.path.open("r+b"),
+        pytest.raises(PmblkError, match="others have its file open"),
+    ):
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    async with kept_out(served, "page-cache"):
+        assert served.dax_kept_out
+
+
+async def test_the_file_is_known_though_its_name_is_gone_or_another_s(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve()
+    path = served.namespace.media.path
+    with mapped(path) as pid:
+        path.unlink()
+        for _ in range(2):
+            with pytest.raises(PmblkError, match=f"process {pid} maps them"):
+                async with kept_out(served, "page-cache"):
+                    raise AssertionError("let through")
+            path.write_bytes(bytes(SIZE))
+    with mapped(path):
+        async with kept_out(served, "page-cache"):
+            assert served.dax_kept_out
+
+
+async def test_a_client_is_found_by_the_file_of_the_mount_that_it_maps(
+    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel shows the mount's device and inode, never the media that are mapped."""
+    served = serve()
+    assert served.mapped_as is None
+    doors.open(served)
+    doors.close(served)
+    assert served.mapped_as == MappedAs(f"00:{MINOR:02x}", "2")
+    wanted: list[Any] = []
+
+    def find(_path: Path, _status: object, *, also: Any) -> list[int]:
+        wanted.extend(also)
+        return [4321]
+
+    monkeypatch.setattr("pmblkd.fuse.mappings.processes_that_map", find)
+    with pytest.raises(PmblkError, match="process 4321 maps them"):
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    assert wanted == [served.mapped_as]
+
+
+async def test_clients_stay_kept_out_when_the_search_is_cancelled(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        async with kept_out(served, "page-cache"):
+            raise AssertionError("let through")
+    assert scope.cancelled_caught
+    assert not served.dax_kept_out
+
+
+# ---- who maps a file, as proc(5) tells
+
+
+def test_who_maps_a_file_is_found_by_every_name_of_it(directory: Path) -> None:
+    path = directory / "media.img"
+    path.write_bytes(bytes(SIZE))
+    (directory / "link").symlink_to(path)
+    other = directory / "other.img"
+    other.write_bytes(bytes(SIZE))
+    status = path.stat()
+    with mapped(path) as pid:
+        assert processes_that_map(path, status) == [pid]
+        assert processes_that_map(directory / "link", status) == [pid]
+        assert processes_that_map(other, other.stat()) == []
+        same_file = MappedAs(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", "")
+        by_inode = msgspec.structs.replace(same_file, file=str(status.st_ino))
+        by_name = msgspec.structs.replace(same_file, file="media.img")
+        assert processes_that_map(other, other.stat(), also=[by_inode]) == [pid]
+        assert processes_that_map(other, other.stat(), also=[by_name]) == [pid]
+    assert processes_that_map(path, status) == []
+
+
+def test_a_file_on_a_mount_has_a_device_without_a_major_number() -> None:
+    assert on_mount(40, "2") == MappedAs("00:28", "2")
+    assert on_mount(5, "ns") == MappedAs("00:05", "ns")
+    assert on_mount(300, "2") == MappedAs("00:12c", "2")
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "form\x0cfeed", "\x1c", "\u2028", os.fsdecode(b"\xff")]
+)
+def test_no_name_of_a_mapped_file_is_in_the_way(directory: Path, name: str) -> None:
+    """Whatever others map on this machine is shown in the same lines."""
+    odd, path = directory / name, directory / "media.img"
+    for one in (odd, path):
+        one.write_bytes(bytes(SIZE))
+    with mapped(odd) as pid:
+        assert processes_that_map(path, path.stat()) == []
+        assert processes_that_map(odd, odd.stat()) == [pid]
+
+
+def test_we_do_not_count_ourselves(make_namespace: MakeNamespace) -> None:
+    namespace: Namespace = make_namespace()
+    assert processes_that_map(namespace.media.path, namespace.media.status()) == []
+
+
+def test_every_line_of_our_own_maps_is_understood() -> None:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        by_device, by_path, by_name = mappers._names(line)
+        assert re.fullmatch("[0-9a-f]{2,}:[0-9a-f]{2,}", by_device.device)
+        assert by_device.file == by_path.file
+        assert by_device.file.isdecimal()
+        assert "/" not in by_name.file
