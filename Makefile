@@ -30,6 +30,7 @@ test: check
 
 bench: setup
 	$(PYTHON) -m bench.nbd
+	$(ROOT) $(PYTHON) -m bench.fuse
 
 compare: setup
 	$(ROOT) .venv/bin/pmblk compare configs/demo.toml

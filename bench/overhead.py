@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from bench import servers
+from bench import nbd_servers, servers
 from pmblk.representations import KINDS
 from pmblkd.compare import cpu, fio
 from tests.harness.daemon import PMBLK, Daemon, scratch
@@ -37,9 +37,9 @@ def served(kind: str) -> Iterator[Daemon]:
     """A daemon on preallocated media, which have been written through it."""
     with scratch() as directory:
         servers.allocate(directory / "media")
-        config = servers.CONFIG.replace("{dir}", str(directory))
+        config = nbd_servers.CONFIG.replace("{dir}", str(directory))
         if kind != BARE:
-            config = config.replace(servers.REPRESENTATION, kind)
+            config = config.replace(nbd_servers.REPRESENTATION, kind)
         program = SERVE_BARE if kind == BARE else (PMBLK, "serve")
         daemon = Daemon(directory, config, program=program).start()
         try:

@@ -233,7 +233,7 @@ class Dispatcher:
         if command.length > INLINE_BYTES:
             return False
         self.media.reserve(command.offset, command.length)
-        return True
+        return self._persist_if_asked(command)
 
     def _lba_status(self, command: Command) -> bool:
         limit = 1 if command.flags & FIRST_EXTENT else EXTENTS_MAX

@@ -204,7 +204,9 @@ def _explain(file: Path, raw: dict[str, Any], text: str) -> ConfigError:
     if match := _WRONG.fullmatch(text):
         message = match[1].replace("`", "").replace("Expected", "expected")
         message = message.replace("array", "list").replace("object", "table")
-        return ConfigError(file, match[2].lstrip("."), message, hint=_found(raw, match[2]))
+        place = match[2].lstrip(".")
+        hint = _words(place) or _found(raw, match[2])
+        return ConfigError(file, place, message, hint=hint)
     return ConfigError(file, "", text)
 
 
@@ -213,7 +215,20 @@ def _join(place: str, field: str) -> str:
 
 
 def _suggest(place: str, field: str) -> str:
-    tables = {
+    table = _table(place)
+    return did_you_mean(field, table.__struct_fields__ if table else ())
+
+
+def _words(place: str) -> str:
+    """What the key may be, where that is one of a few words."""
+    table, _, key = place.rpartition(".")
+    found = _table(table)
+    return "" if found is None else _choices(found, key)
+
+
+def _table(place: str) -> type[_Table] | None:
+    """The table at msgspec's path, without the dot that it begins with."""
+    tables: dict[str, type[_Table]] = {
         "": Config,
         "namespace": NamespaceConfig,
         "nbd": NbdConfig,
@@ -221,9 +236,7 @@ def _suggest(place: str, field: str) -> str:
         "control": ControlConfig,
         "daemon": DaemonConfig,
     }
-    table = tables.get(re.sub(r"\[.*?\]", "", place))
-    keys = table.__struct_fields__ if table else ()
-    return did_you_mean(field, keys)
+    return tables.get(re.sub(r"\[.*?\]", "", place))
 
 
 def _found(raw: Any, path: str) -> str:
@@ -332,7 +345,7 @@ def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> Repres
     if match := _WRONG.fullmatch(text):
         option = match[2].lstrip(".")
         found = options.get(option)
-        if choices := _choices(kind, option):
+        if choices := _choices(KINDS[kind].Options, option):
             return RepresentationError(option, f"{found!r} is not known", hint=choices)
         message = match[1].replace("`", "").replace("Expected", "expected")
         return RepresentationError(option, message, hint=f"found {found!r}")
@@ -344,9 +357,9 @@ def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> Repres
     return RepresentationError(known[0] if len(known) == 1 else "", text.replace("`", ""))
 
 
-def _choices(kind: str, option: str) -> str:
-    """What the option may be, where that is one of a few words."""
-    choices = get_args(get_type_hints(KINDS[kind].Options).get(option))
+def _choices(table: type[msgspec.Struct], key: str) -> str:
+    """What the key of a table may be, where that is one of a few words."""
+    choices = get_args(get_type_hints(table).get(key))
     if not choices or not all(isinstance(choice, str) for choice in choices):
         return ""
     return "choose " + " or ".join(f'"{choice}"' for choice in choices)

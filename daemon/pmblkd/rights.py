@@ -12,6 +12,8 @@ import msgspec
 from pmblk import PmblkError
 from pmblkd.config import FuseConfig
 
+ID_MAX = (1 << 32) - 2  # the one after it is nobody's: chown(2) takes it for "as it is"
+
 
 class Rights(msgspec.Struct, frozen=True):
     """Who owns the files, and what they may do; a read-only file has no write bits."""
@@ -32,11 +34,12 @@ def rights_of(fuse: FuseConfig) -> Rights:
 
 def _user(name: str) -> tuple[int, int]:
     """The user's number, and that of his group."""
+    number = _number(name)
     try:
-        entry = pwd.getpwuid(int(name)) if name.isascii() and name.isdigit() else pwd.getpwnam(name)
-    except KeyError:
-        if name.isascii() and name.isdigit():
-            return int(name), int(name)
+        entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
+    except (KeyError, ValueError):  # ValueError: no name of this machine has a NUL
+        if number is not None:
+            return number, number
         raise PmblkError(
             f'no user "{name}"', hint="name one of this machine, or a number"
         ) from None
@@ -44,11 +47,21 @@ def _user(name: str) -> tuple[int, int]:
 
 
 def _group(name: str) -> int:
-    if name.isascii() and name.isdigit():
-        return int(name)
+    number = _number(name)
+    if number is not None:
+        return number
     try:
         return grp.getgrnam(name).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):
         raise PmblkError(
             f'no group "{name}"', hint="name one of this machine, or a number"
         ) from None
+
+
+def _number(name: str) -> int | None:
+    """None for what is no number. Raises PmblkError for a number that nobody can have."""
+    if not (name.isascii() and name.isdigit()):
+        return None
+    if len(name) > len(str(ID_MAX)) or int(name) > ID_MAX:
+        raise PmblkError(f"{name} is too large for a user or a group", hint=f"at most {ID_MAX}")
+    return int(name)

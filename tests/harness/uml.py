@@ -1,57 +1,119 @@
 """A real Linux kernel as a process: User-mode Linux on the host's file system, read-only below.
 
-For what the host's kernel lacks (nbd, above all). Everything comes from Debian's package
-user-mode-linux. The guest sees the host's files, writes to a tmpfs overlay, and ends with its
-command or with its time limit, whichever comes first.
+For what the host's kernel lacks (nbd, above all) and for what cannot be done to it (a power cut).
+Everything comes from Debian's package user-mode-linux. The guest sees the host's files, writes to
+a tmpfs overlay, and ends with its command, with its time limit, or when somebody cuts its power.
 """
 
 import os
 import shlex
+import shutil
 import subprocess
-import tempfile
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 INIT = Path(__file__).with_name("uml-init.sh")
+ROOT = Path(__file__).parents[2]
+FAST = Path("/dev/shm")  # UML's memory is a file; so is what a guest writes line by line
 
 
 class UmlFailed(AssertionError):
     """The command failed in the guest, or the guest did not finish."""
 
 
-def run(script: str, *, memory: str = "640M", seconds: int = 120) -> str:
-    """Run a bash script as root in a fresh guest; its output. Raises UmlFailed with that output.
+class Guest:
+    """One boot: a bash script as root. Use it with `with`: what still runs then loses its power.
 
-    In the guest, /run/w is a host folder of this call; guest memory is a file in /dev/shm.
+    `folder` is /run/w in the guest and stays when it ends, so a later boot finds what this one
+    left there. `disks` are files, /dev/ubda and so on in the guest. Raises UmlFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="pmblk-uml-") as name:
-        folder = Path(name)
-        (folder / "command").write_text(f"set -euo pipefail\n{script}\n")
-        (folder / "output").touch()
-        command = [
-            *("linux.uml", f"mem={memory}", "rootfstype=hostfs", "ro", f"init={INIT}"),
-            *("con=null", "con0=null,fd:1", "con1=null", "ssl=null", "quiet", "loglevel=3"),
-            *("panic=-1", f"uml_dir={folder}/", "umid=guest", f"W={folder}"),
-        ]
+
+    def __init__(
+        self, script: str, folder: Path, *, memory: str = "640M", disks: Sequence[Path] = ()
+    ) -> None:
+        self.folder = folder
+        self._memory = memory
+        self._disks = disks
+        for name in ("status", "output", "console"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "guest", ignore_errors=True)  # the last boot's pid: no obstacle
+        (folder / "command").write_text(f"set -euo pipefail\n{_ENVIRONMENT}\n{script}\n")
+
+    def __enter__(self) -> "Guest":
+        # Open in every process of the guest: at its end of file all of them are gone.
+        self._gone, alive = os.pipe()
         # A pid namespace of its own: UML's helper processes outlive a SIGKILL of the kernel.
         boxed = ["unshare", "--pid", "--fork", "--kill-child=KILL", "sh", "-c"]
         try:
-            done = subprocess.run(
-                [*boxed, f"{shlex.join(command)}; exit $?"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=seconds,
-                env={**os.environ, "TMPDIR": "/dev/shm"},
-                check=False,
-            )
+            with (self.folder / "console").open("wb") as console:
+                self._process = subprocess.Popen(
+                    [*boxed, f"{shlex.join(self._kernel())}; exit $?"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=console,
+                    stderr=console,
+                    env={**os.environ, "TMPDIR": str(FAST)},
+                    pass_fds=(alive,),
+                )
+        finally:
+            os.close(alive)
+        return self
+
+    def _kernel(self) -> list[str]:
+        return [
+            *("linux.uml", f"mem={self._memory}", "rootfstype=hostfs", "ro", f"init={INIT}"),
+            *("con=null", "con0=null,fd:1", "con1=null", "ssl=null", "quiet", "loglevel=3"),
+            *("panic=-1", f"uml_dir={self.folder}/", "umid=guest", f"W={self.folder}"),
+            *(f"ubd{number}={disk}" for number, disk in enumerate(self._disks)),
+        ]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cut_power()
+        os.close(self._gone)
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        return _text(self.folder / "output")
+
+    def cut_power(self) -> None:
+        """Its memory is lost, page cache and all; what its disks were given is not."""
+        self._process.kill()
+        self._process.wait()
+        os.read(self._gone, 1)
+
+    def wait(self, seconds: float) -> str:
+        """Until its script has succeeded; the output. Raises UmlFailed with that output."""
+        try:
+            self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise UmlFailed(
-                f"not done in {seconds} s:\n{(folder / 'output').read_text()}"
-            ) from None
-        output = (folder / "output").read_text(errors="replace")
-        status = folder / "status"
-        if not status.exists():
-            words = (done.stdout + done.stderr).decode(errors="replace")[-2000:]
-            raise UmlFailed(f"the guest ended without a status:\n{words}\n{output}")
-        if status.read_text().strip() != "0":
-            raise UmlFailed(f"exit status {status.read_text().strip()}:\n{output}")
-        return output
+            self.cut_power()
+            raise UmlFailed(f"not done in {seconds:g} s:\n{self.output}") from None
+        status = _text(self.folder / "status").strip()
+        if not status:
+            words = _text(self.folder / "console")[-2000:]
+            raise UmlFailed(f"the guest ended without a status:\n{words}\n{self.output}")
+        if status != "0":
+            raise UmlFailed(f"exit status {status}:\n{self.output}")
+        return self.output
+
+
+# The guest runs this checkout, whatever its .venv has been made from.
+_ENVIRONMENT = f"""\
+cd {shlex.quote(str(ROOT))}
+export PYTHONPATH={shlex.quote(f"{ROOT}/backends:{ROOT}/daemon:{ROOT}")}
+python={shlex.quote(sys.executable)}
+"""
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""

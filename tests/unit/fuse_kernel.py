@@ -8,12 +8,16 @@ import ctypes
 import enum
 import errno
 import os
+import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
 from pmblkd.fuse import passthrough
+from pmblkd.fuse.dax import Way
 from pmblkd.fuse.session import Outcome, Reply, Session, Work
+from pmblkd.registry import Served
 
 U16, U32, U64 = ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
 I32, I64 = ctypes.c_int32, ctypes.c_int64
@@ -301,6 +305,31 @@ class Kernel:
             found.append((int(entry.off), body[start : start + entry.namelen]))
             body = body[start + -(-entry.namelen // 8) * 8 :]
         return found
+
+
+class FakeDoors:
+    """Answers every open with one way, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.answer = (Way.DAEMON, 0)
+        self.error: Exception | None = None
+        self.told: list[tuple[str, str]] = []
+
+    def open(self, served: Served) -> tuple[Way, int]:
+        if self.error is not None:
+            raise self.error
+        self.told.append(("open", served.name))
+        return self.answer
+
+    def close(self, served: Served) -> None:
+        self.told.append(("close", served.name))
+
+    def synced(self, served: Served) -> None:
+        self.told.append(("synced", served.name))
+
+
+def refused(code: int) -> AbstractContextManager[object]:
+    return pytest.raises(OSError, match=re.escape(os.strerror(code)))
 
 
 class BackingFiles:

@@ -118,6 +118,30 @@ def test_the_full_config_shows_the_defaults() -> None:
         ("listen", 'default = "ns2"\nlisten', "nbd.default", 'did you mean "ns1"'),
         ("listen", "max_connections = 0\nlisten", "nbd.max_connections", "0 is too small"),
         ("[nbd]", '[fuse]\nmountpoint = "mnt"\n[nbd]', "fuse.mountpoint", "start it with /"),
+        ('"1GiB"', '"1GiB"\ndax = "on"', "namespace[0].dax", '"auto" or "fast" or "off"'),
+        ('"1GiB"', '"1GiB"\ndax = true', "namespace[0].dax", '"auto" or "fast" or "off"'),
+        *(
+            ("[nbd]", f'[fuse]\nmountpoint = "/mnt/x"\n{line}\n[nbd]', key, message)
+            for line, key, message in [
+                ('engine = "libfuse"', "fuse.engine", '"auto" or "kernel" or "pyfuse3"'),
+                ("owner = 0", "fuse.owner", "found 0"),
+                ('mode = "rw"', "fuse.mode", 'in octal, e.g. "0660"'),
+                ('mode = "0888"', "fuse.mode", "is no file mode"),
+                ('mode = "4755"', "fuse.mode", "is no file mode"),
+                ('mode = "0o600"', "fuse.mode", "is no file mode"),
+                ('mode = "60"', "fuse.mode", "is no file mode"),
+                ('mode = "\u0661\u0662\u0663"', "fuse.mode", "is no file mode"),
+                ("mode = 600", "fuse.mode", "expected str, got int"),
+                ('options = "ro"', "fuse.options", "expected list, got str"),
+                ('options = ["ro", "suid"]', "fuse.options[1]", "choose from noatime, noexec, ro"),
+                ('options = ["ro,dev"]', "fuse.options[0]", '"ro,dev" is not known'),
+                ("punch = 1", "fuse.punch", "expected bool, got int"),
+                ("request_timeout_seconds = -1", "fuse.request_timeout_seconds", "0 (never) to"),
+                ("request_timeout_seconds = 65536", "fuse.request_timeout_seconds", "65535"),
+                ("request_timeout_seconds = 1.5", "fuse.request_timeout_seconds", "found 1.5"),
+                ("requst_timeout = 1", "fuse.requst_timeout", '"request_timeout_seconds"'),
+            ]
+        ),
         ("[nbd]", "[daemon]\nstop_seconds = 0\n[nbd]", "daemon.stop_seconds", "0 is out of range"),
         ("[nbd]", "[daemon]\nbusy_poll_us = 5000\n[nbd]", "daemon.busy_poll_us", "0 (off) to 1000"),
         ("[nbd]", '[daemon]\nlog_level = "warn"\n[nbd]', "daemon.log_level", '"warning"'),
@@ -134,6 +158,51 @@ def test_what_is_wrong_is_said_with_its_key_and_a_hint(
     text = str(caught.value)
     assert text.startswith(f"{file}: {key}: "), text
     assert message in text
+
+
+def with_fuse(*lines: str) -> str:
+    return GOOD + '[fuse]\nmountpoint = "/mnt/x"\n' + "\n".join(lines)
+
+
+def test_a_mount_is_ours_alone_and_its_files_may_be_mapped_unless_it_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    config = load(write(tmp_path, with_fuse()))
+    assert config.fuse == configuration.FuseConfig(
+        mountpoint="/mnt/x",
+        engine="auto",
+        allow_other=False,
+        owner=None,
+        mode="0600",
+        options=[],
+        punch=False,
+        request_timeout_seconds=60,
+    )
+    assert config.fuse.mode_bits == 0o600
+    assert config.namespace[0].dax == "auto"
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits"), [("0660", 0o660), ("444", 0o444), ("0777", 0o777), ("000", 0)]
+)
+def test_a_mode_is_octal(tmp_path: Path, mode: str, bits: int) -> None:
+    fuse = load(write(tmp_path, with_fuse(f'mode = "{mode}"'))).fuse
+    assert fuse is not None
+    assert fuse.mode_bits == bits
+
+
+def test_what_can_be_said_of_a_mount_is_taken(tmp_path: Path) -> None:
+    lines = ['engine = "kernel"', 'options = ["ro", "noexec", "noatime"]', "punch = true"]
+    fuse = load(write(tmp_path, with_fuse(*lines, "request_timeout_seconds = 65535"))).fuse
+    assert fuse is not None
+    assert (fuse.engine, fuse.punch, fuse.request_timeout_seconds) == ("kernel", True, 65535)
+    assert fuse.options == ["ro", "noexec", "noatime"]
+
+
+def test_a_mode_on_the_command_line_needs_no_quotes(tmp_path: Path) -> None:
+    fuse = load(write(tmp_path, with_fuse()), ["fuse.mode=0644", "namespace.ns1.dax=off"]).fuse
+    assert fuse is not None
+    assert fuse.mode_bits == 0o644
 
 
 def second(path: str, name: str = "ns2") -> str:

@@ -120,7 +120,7 @@ async def test_every_lease_is_given_back(
 ) -> None:
     await files.write(2, 0, b"x" * 4096)
     await files.read(2, 0, 8192)
-    assert files._namespace(2).representation.leases == 0
+    assert files.served(2).namespace.representation.leases == 0
 
 
 def test_when_the_mount_is_gone_nobody_has_a_file_open(files: Files) -> None:

@@ -1,53 +1,36 @@
-"""One mount's conversation, message by message, against a kernel that is written by hand."""
+"""One mount's conversation about its tree and its open files, against a kernel by hand."""
 
 import ctypes
 import errno
 import os
-import re
 import stat
-import struct
-from contextlib import AbstractContextManager
 
 import pytest
 
-from pmblk import Command, Namespace
-from pmblk.nvme.command import READ, Hole
-from pmblkd.fuse import wire
+from pmblk import Namespace
 from pmblkd.fuse.dax import Way
 from pmblkd.fuse.files import Files
-from pmblkd.fuse.session import IO_BYTES_MAX, MESSAGE_BYTES_MAX, Session, Work
-from pmblkd.registry import Served
+from pmblkd.fuse.session import IO_BYTES_MAX, Session
 from pmblkd.rights import Rights
 from tests.unit import fuse_kernel
 from tests.unit.conftest import MakeNamespace, registered
-from tests.unit.fuse_kernel import Dirent, IoctlIn, IoctlOut, Kernel, Op, StatfsOut, io, message
+from tests.unit.fuse_kernel import (
+    Dirent,
+    FakeDoors,
+    IoctlIn,
+    IoctlOut,
+    Kernel,
+    Op,
+    StatfsOut,
+    message,
+    refused,
+)
 
 SIZE = 1 << 20
 NS, RO, NOBODY = 2, 3, 99
 PAGE = 4096
-KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 0x10, 0x20, 0x40
+KEEP_SIZE, PUNCH_HOLE = 1, 2
 BLKGETSIZE64, BLKDISCARD = 0x80081272, 0x1277
-
-
-class FakeDoors:
-    """Answers every open with one way, and remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.answer = (Way.DAEMON, 0)
-        self.error: Exception | None = None
-        self.told: list[tuple[str, str]] = []
-
-    def open(self, served: Served) -> tuple[Way, int]:
-        if self.error is not None:
-            raise self.error
-        self.told.append(("open", served.name))
-        return self.answer
-
-    def close(self, served: Served) -> None:
-        self.told.append(("close", served.name))
-
-    def synced(self, served: Served) -> None:
-        self.told.append(("synced", served.name))
 
 
 @pytest.fixture
@@ -70,137 +53,6 @@ def files(make_namespace: MakeNamespace, namespace: Namespace) -> Files:
 @pytest.fixture
 def kernel(files: Files, doors: FakeDoors) -> Kernel:
     return Kernel(Session(files, doors))
-
-
-def refused(code: int) -> AbstractContextManager[object]:
-    return pytest.raises(OSError, match=re.escape(os.strerror(code)))
-
-
-# ---- the layouts
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "size"),
-    [
-        (wire.IN_HEADER, fuse_kernel.InHeader, 40),
-        (wire.OUT_HEADER, fuse_kernel.OutHeader, 16),
-        (wire.INIT_OUT, fuse_kernel.InitOut, 64),
-        (wire.INIT_OUT_VERSION, fuse_kernel.InitOut, 64),
-        (wire.ATTR, fuse_kernel.Attr, 88),
-        (wire.OPEN_IN, fuse_kernel.OpenIn, 8),
-        (wire.OPEN_OUT, fuse_kernel.OpenOut, 16),
-        (wire.IO_IN, fuse_kernel.IoIn, 40),
-        (wire.WRITE_OUT, fuse_kernel.WriteOut, 8),
-        (wire.STATFS_OUT, fuse_kernel.StatfsOut, 80),
-        (wire.FALLOCATE_IN, fuse_kernel.FallocateIn, 32),
-        (wire.LSEEK_IN, fuse_kernel.LseekIn, 24),
-        (wire.LSEEK_OUT, fuse_kernel.LseekOut, 8),
-        (wire.IOCTL_IN, fuse_kernel.IoctlIn, 32),
-        (wire.IOCTL_OUT, fuse_kernel.IoctlOut, 16),
-        (wire.DIRENT, fuse_kernel.Dirent, 24),
-        (wire.NOTIFY_INVAL_INODE_OUT, fuse_kernel.NotifyInvalInodeOut, 24),
-    ],
-)
-def test_every_layout_has_the_size_of_the_kernel_s(
-    ours: struct.Struct, theirs: type[ctypes.Structure], size: int
-) -> None:
-    assert ours.size == ctypes.sizeof(theirs) == size
-
-
-def test_what_is_read_of_a_layout_in_part_lies_where_the_kernel_puts_it() -> None:
-    assert wire.INIT_IN.size == fuse_kernel.InitIn.flags2.offset == 16
-    assert ctypes.sizeof(fuse_kernel.InitIn) == 64
-    assert fuse_kernel.SetattrIn.size.offset + 8 == wire.SETATTR_IN.size == 24
-    assert ctypes.sizeof(fuse_kernel.SetattrIn) == 88
-    assert wire.ENTRY_OUT.size == fuse_kernel.EntryOut.attr.offset == 40
-    assert wire.ATTR_OUT.size == fuse_kernel.AttrOut.attr.offset == 16
-    assert fuse_kernel.InitOut.max_stack_depth.offset == 36
-    assert fuse_kernel.InitOut.request_timeout.offset == 40
-
-
-def test_every_opcode_has_the_kernel_s_number() -> None:
-    assert {one.name: int(one) for one in wire.Opcode}.items() <= {
-        one.name: int(one) for one in Op
-    }.items()
-
-
-# ---- INIT
-
-
-def test_hello_agrees_on_what_both_can(kernel: Kernel) -> None:
-    answer = kernel.init()
-    assert (answer.major, answer.minor, answer.max_readahead) == (7, 45, 131072)
-    assert answer.flags == 1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22 | 1 << 30
-    assert answer.flags2 == 1 << 4 | 1 << 5
-    assert not answer.flags & 1 << 16, "WRITEBACK excludes passthrough"
-    assert (answer.max_write, answer.max_pages) == (IO_BYTES_MAX, IO_BYTES_MAX // PAGE)
-    assert (answer.time_gran, answer.max_stack_depth, answer.request_timeout) == (1, 1, 0)
-    assert 0 < answer.congestion_threshold <= answer.max_background
-    assert answer.max_write + 80 <= MESSAGE_BYTES_MAX, "a WRITE of that length, whole"
-    assert kernel.session.minor == 45
-
-
-def test_an_older_kernel_is_answered_in_its_words_and_gets_nothing_newer(kernel: Kernel) -> None:
-    answer = kernel.init(minor=31, flags=1 | 1 << 22, flags2=0)
-    assert (answer.minor, answer.flags, answer.flags2) == (31, 1 | 1 << 22, 0)
-    assert kernel.session.agreed == wire.Init.ASYNC_READ | wire.Init.MAX_PAGES
-
-
-def test_the_short_hello_of_an_old_kernel_is_understood(kernel: Kernel) -> None:
-    body = bytes(fuse_kernel.InitIn(major=7, minor=31, flags=1))[:16]
-    answer = fuse_kernel.InitOut.from_buffer_copy(kernel.ask(Op.INIT, 0, body))
-    assert (answer.minor, answer.flags) == (31, 1)
-
-
-def test_a_newer_kernel_gets_our_minor(kernel: Kernel) -> None:
-    assert kernel.init(minor=99).minor == 45
-
-
-@pytest.mark.parametrize("version", [(7, 30), (7, 0), (6, 99), (0, 0)])
-def test_a_kernel_that_is_too_old_is_refused_and_it_is_said_why(
-    kernel: Kernel, version: tuple[int, int]
-) -> None:
-    with refused(errno.EPROTO):
-        kernel.init(major=version[0], minor=version[1])
-    assert kernel.session.refusal == (
-        f"this kernel speaks FUSE {version[0]}.{version[1]}; 7.31 is needed"
-    )
-    assert not kernel.session.minor
-
-
-def test_a_later_major_version_is_told_ours_and_says_hello_again(kernel: Kernel) -> None:
-    answer = kernel.init(major=8, minor=2)
-    assert (answer.major, answer.minor, answer.flags) == (7, 45, 0)
-    assert (kernel.session.minor, kernel.session.refusal) == (0, "")
-    assert kernel.init(major=7, minor=45).flags
-    assert (kernel.session.minor, kernel.session.refusal) == (45, "")
-
-
-def test_flags_that_are_not_extended_have_no_second_word(kernel: Kernel) -> None:
-    answer = kernel.init(flags=0xFFFFFFFF & ~(1 << 30))
-    assert answer.flags2 == 0
-    assert not kernel.session.agreed & wire.Init.PASSTHROUGH
-
-
-def test_passthrough_is_agreed_on_where_the_kernel_has_it(kernel: Kernel) -> None:
-    kernel.init(flags2=1 << 4)
-    assert not kernel.session.agreed & wire.Init.PASSTHROUGH
-    kernel.init(flags2=1 << 5)
-    assert kernel.session.agreed & wire.Init.PASSTHROUGH
-
-
-def test_a_time_limit_is_asked_for_if_there_is_one_and_the_kernel_has_it(
-    files: Files, doors: FakeDoors
-) -> None:
-    kernel = Kernel(Session(files, doors, request_timeout_seconds=77))
-    answer = kernel.init()
-    assert (answer.request_timeout, answer.flags2 & 1 << 10) == (77, 1 << 10)
-    answer = kernel.init(flags2=1 << 5)
-    assert (answer.request_timeout, answer.flags2) == (0, 1 << 5)
-
-
-def test_the_longest_time_limit_of_the_config_fits(files: Files, doors: FakeDoors) -> None:
-    assert Kernel(Session(files, doors, request_timeout_seconds=65535)).init().request_timeout
 
 
 # ---- the tree
@@ -476,278 +328,6 @@ def test_no_other_ioctl_is_known(
 ) -> None:
     with refused(code):
         kernel.ask(Op.IOCTL, inode, ioctl(request_number, room))
-
-
-# ---- the data
-
-
-def test_what_is_written_is_read_back_and_holes_are_zeroes(kernel: Kernel) -> None:
-    assert kernel.write(NS, 10_000, b"hello") == 5
-    assert kernel.read(NS, 9_998, 9) == b"\0\0hello\0\0"
-    assert kernel.read(NS, 0, SIZE) == bytes(10_000) + b"hello" + bytes(SIZE - 10_005)
-
-
-@pytest.mark.parametrize(
-    ("offset", "asked", "length"),
-    [
-        (SIZE - 10, 100, 10),
-        (SIZE, 100, 0),
-        (SIZE + 5, 100, 0),
-        ((1 << 64) - 1, 100, 0),
-        (0, 0, 0),
-        (0, (1 << 32) - 1, SIZE),
-    ],
-)
-def test_a_read_is_clipped_at_the_end(kernel: Kernel, offset: int, asked: int, length: int) -> None:
-    assert kernel.read(NS, offset, asked) == bytes(length)
-
-
-def test_no_read_is_longer_than_what_was_agreed(
-    make_namespace: MakeNamespace, doors: FakeDoors
-) -> None:
-    files = Files(registered(make_namespace(2 * IO_BYTES_MAX)))
-    assert len(Kernel(Session(files, doors)).read(NS, 0, 2 * IO_BYTES_MAX)) == IO_BYTES_MAX
-
-
-def test_a_write_is_short_at_the_end_and_finds_no_space_past_it(
-    kernel: Kernel, namespace: Namespace
-) -> None:
-    assert kernel.write(NS, SIZE - 10, b"x" * 100) == 10
-    assert namespace.media.path.stat().st_size == SIZE
-    for offset in (SIZE, SIZE + 1, (1 << 64) - 1):
-        with refused(errno.ENOSPC):
-            kernel.write(NS, offset, b"x")
-    assert kernel.write(NS, 0, b"") == 0
-    assert kernel.write(NS, SIZE, b"") == 0
-
-
-def test_a_write_whose_length_is_not_that_of_its_data_is_malformed(kernel: Kernel) -> None:
-    for size in (3, 5, (1 << 32) - 1):
-        with refused(errno.EINVAL):
-            kernel.ask(Op.WRITE, NS, io(0, size, b"four"))
-    assert kernel.read(NS, 0, 4) == bytes(4)
-
-
-def test_a_write_without_memory_finds_no_space(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr("pmblk.media.syscalls.reserve", full)
-    with refused(errno.ENOSPC):
-        kernel.write(NS, 65536, b"x")
-    with refused(errno.ENOSPC):
-        kernel.fallocate(NS, 0, 65536, PAGE)
-
-
-def test_bad_memory_is_an_io_error(kernel: Kernel, namespace: Namespace) -> None:
-    namespace.poison(PAGE, PAGE)
-    with refused(errno.EIO):
-        kernel.read(NS, 0, SIZE)
-    with refused(errno.EIO):
-        kernel.write(NS, PAGE, b"half")
-    assert kernel.write(NS, PAGE, b"w" * PAGE) == PAGE
-    assert kernel.read(NS, PAGE, PAGE) == b"w" * PAGE
-
-
-def test_the_directory_holds_no_data(kernel: Kernel) -> None:
-    for opcode, body in ((Op.READ, io(0, 1)), (Op.WRITE, io(0, 1, b"x")), (Op.FSYNC, bytes(16))):
-        with refused(errno.EISDIR):
-            kernel.ask(opcode, 1, body)
-
-
-def test_a_sync_flushes_and_tells_those_who_let_clients_through(
-    make_namespace: MakeNamespace, doors: FakeDoors
-) -> None:
-    namespace = make_namespace(kind="page-cache")
-    kernel = Kernel(Session(Files(registered(namespace)), doors))
-    kernel.write(NS, 0, b"data")
-    assert namespace.representation.dirty()
-    work = kernel.start(Op.FSYNC, NS, bytes(16))
-    assert doors.told == [("synced", "ns")], "before the flush, which has to cover it"
-    assert isinstance(work, Work)
-    assert list(namespace.execute((work.command,))) == [work.command]
-
-
-async def test_a_sync_that_waits_is_answered_when_it_is_durable(
-    make_namespace: MakeNamespace, doors: FakeDoors
-) -> None:
-    namespace = make_namespace(kind="page-cache")
-    kernel = Kernel(Session(Files(registered(namespace)), doors))
-    kernel.write(NS, 0, b"data")
-    assert await kernel.ask_slowly(Op.FSYNC, NS, bytes(16)) == b""
-    assert not namespace.representation.dirty()
-    assert namespace.media.path.read_bytes()[:4] == b"data"
-
-
-async def test_a_write_that_waits_stores_what_arrived_though_its_buffer_is_another_s_by_then(
-    kernel: Kernel, namespace: Namespace
-) -> None:
-    with namespace._dispatcher.fences.around(0, PAGE):
-        work = kernel.start(Op.WRITE, NS, io(0, 4, b"mine"))
-        assert isinstance(work, Work)
-        waiting = namespace.execute((work.command,))
-        assert list(waiting) == [work.command]
-        kernel.receive(message(Op.WRITE, NS, io(0, 4, b"next")))
-    await namespace.complete(waiting)
-    assert kernel.finish(work) == (4).to_bytes(8, "little")
-    assert kernel.read(NS, 0, 4) == b"mine"
-
-
-def test_what_a_read_found_is_sent_from_memory_itself_and_held_until_then(
-    kernel: Kernel, namespace: Namespace
-) -> None:
-    kernel.write(NS, 0, b"x" * PAGE)
-    work = kernel.start(Op.READ, NS, io(0, PAGE))
-    assert isinstance(work, Work)
-    assert not namespace.execute((work.command,))
-    reply = kernel.session.answer(work)
-    assert namespace.representation.leases == 1
-    namespace.media.view[:PAGE] = b"y" * PAGE
-    assert bytes(reply[1]) == b"y" * PAGE, "a view, no copy"
-    namespace.release((work.command,))
-    assert namespace.representation.leases == 0
-
-
-@pytest.mark.parametrize("runs", [511, 1023, 1024, 2048])
-def test_a_reply_has_no_more_pieces_than_one_writev_takes(
-    kernel: Kernel, namespace: Namespace, runs: int
-) -> None:
-    """Holes and data in turn, in blocks of 512 bytes: a file that came to us like this."""
-    block = memoryview(b"d" * 512)
-    command = Command(READ, 0, 0, runs * 512)
-    command.segments = [block if index % 2 else Hole(512) for index in range(runs)]
-    body = kernel.finish(Work(0, namespace, command))
-    assert body == b"".join(b"d" * 512 if index % 2 else bytes(512) for index in range(runs))
-
-
-# ---- fallocate
-
-
-def allocated(namespace: Namespace, offset: int, length: int) -> bool:
-    return all(not one.hole for one in namespace.media.allocation.extents(offset, length))
-
-
-@pytest.mark.parametrize("mode", [0, KEEP_SIZE])
-def test_memory_is_reserved_and_what_is_there_stays(
-    kernel: Kernel, namespace: Namespace, mode: int
-) -> None:
-    kernel.write(NS, PAGE, b"kept")
-    kernel.fallocate(NS, mode, 0, SIZE)
-    assert namespace.media.allocated_bytes() == SIZE
-    assert kernel.read(NS, PAGE, 4) == b"kept"
-
-
-@pytest.mark.parametrize("punch", [True, False])
-def test_a_hole_gives_its_memory_back_only_if_that_is_wanted(
-    namespace: Namespace, doors: FakeDoors, punch: bool
-) -> None:
-    kernel = Kernel(Session(Files(registered(namespace), punch=punch), doors))
-    kernel.write(NS, 0, b"x" * 4 * PAGE)
-    kernel.fallocate(NS, PUNCH_HOLE | KEEP_SIZE, PAGE, 2 * PAGE)
-    assert kernel.read(NS, 0, 4 * PAGE) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
-    assert allocated(namespace, PAGE, 2 * PAGE) is not punch
-    kernel.fallocate(NS, PUNCH_HOLE | KEEP_SIZE, 8 * PAGE, PAGE)
-    assert not allocated(namespace, 8 * PAGE, PAGE)
-
-
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [(SIZE - PAGE, 1 << 40), (SIZE - PAGE, (1 << 64) - 1), (SIZE, PAGE), ((1 << 64) - 1, PAGE)],
-)
-def test_a_hole_may_reach_past_the_end_where_there_is_nothing(
-    kernel: Kernel, offset: int, length: int
-) -> None:
-    kernel.write(NS, SIZE - 2 * PAGE, b"x" * 2 * PAGE)
-    kernel.fallocate(NS, PUNCH_HOLE | KEEP_SIZE, offset, length)
-    kept = 1 if offset < SIZE else 2
-    assert kernel.read(NS, SIZE - 2 * PAGE, 2 * PAGE) == b"x" * kept * PAGE + bytes(
-        (2 - kept) * PAGE
-    )
-
-
-@pytest.mark.parametrize("mode", [ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
-def test_a_range_is_zeroed_with_memory_under_it(
-    kernel: Kernel, namespace: Namespace, mode: int
-) -> None:
-    kernel.write(NS, 0, b"x" * PAGE)
-    kernel.fallocate(NS, mode, 100, 2 * PAGE)
-    assert kernel.read(NS, 0, 3 * PAGE) == b"x" * 100 + bytes(3 * PAGE - 100)
-    assert allocated(namespace, 0, 2 * PAGE + 100)
-
-
-@pytest.mark.parametrize("mode", [0, KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [(SIZE - PAGE, PAGE + 1), (SIZE, 1), (0, (1 << 64) - 1), ((1 << 64) - 1, 1)],
-)
-def test_no_file_grows(kernel: Kernel, mode: int, offset: int, length: int) -> None:
-    with refused(errno.ENOSPC):
-        kernel.fallocate(NS, mode, offset, length)
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        PUNCH_HOLE,
-        COLLAPSE,
-        INSERT,
-        UNSHARE,
-        PUNCH_HOLE | ZERO_RANGE | KEEP_SIZE,
-        UNSHARE | KEEP_SIZE,
-        (1 << 32) - 1,
-    ],
-)
-def test_no_other_mode_is_supported(kernel: Kernel, mode: int) -> None:
-    kernel.write(NS, 0, b"kept")
-    with refused(errno.EOPNOTSUPP):
-        kernel.fallocate(NS, mode, 0, PAGE)
-    assert kernel.read(NS, 0, 4) == b"kept"
-
-
-# ---- lseek
-
-
-@pytest.fixture
-def holey(kernel: Kernel) -> Kernel:
-    """Data in the second and in the last page."""
-    kernel.write(NS, PAGE, b"x" * PAGE)
-    kernel.write(NS, SIZE - PAGE, b"x" * PAGE)
-    return kernel
-
-
-@pytest.mark.parametrize(
-    ("offset", "data", "hole"),
-    [
-        (0, PAGE, 0),
-        (5, PAGE, 5),
-        (PAGE, PAGE, 2 * PAGE),
-        (2 * PAGE - 1, 2 * PAGE - 1, 2 * PAGE),
-        (2 * PAGE, SIZE - PAGE, 2 * PAGE),
-        (SIZE - 1, SIZE - 1, SIZE),
-    ],
-)
-def test_data_and_holes_are_found(holey: Kernel, offset: int, data: int, hole: int) -> None:
-    assert holey.seek(NS, offset, os.SEEK_DATA) == data
-    assert holey.seek(NS, offset, os.SEEK_HOLE) == hole
-
-
-def test_there_is_nothing_at_the_end_and_no_data_in_the_last_hole(kernel: Kernel) -> None:
-    kernel.write(NS, 0, b"x")
-    assert kernel.seek(NS, PAGE, os.SEEK_HOLE) == PAGE
-    with refused(errno.ENXIO):
-        kernel.seek(NS, PAGE, os.SEEK_DATA)
-    for whence in (os.SEEK_DATA, os.SEEK_HOLE):
-        for offset in (SIZE, SIZE + 1, (1 << 64) - 1):
-            with refused(errno.ENXIO):
-                kernel.seek(NS, offset, whence)
-
-
-@pytest.mark.parametrize("whence", [os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, 5, (1 << 32) - 1])
-def test_only_data_and_holes_can_be_sought(kernel: Kernel, whence: int) -> None:
-    with refused(errno.EINVAL):
-        kernel.seek(NS, 0, whence)
 
 
 # ---- what is malformed

@@ -47,6 +47,12 @@ def actions(made: Plan) -> dict[str, list[Any]]:
         ({"path": "/m/other.img", "size": UNIT}, {"refused": ["namespace.a.path"]}),
         ({"lba_size": 512}, {"refused": ["namespace.a.lba_size"]}),
         ({"read_only": True}, {"refused": ["namespace.a.read_only"]}),
+        ({"dax": "off"}, {"changed": ["namespace.a.dax"]}),
+        ({"dax": "fast"}, {"changed": ["namespace.a.dax"]}),
+        (
+            {"dax": "off", "representation": "page-cache"},
+            {"switch": ["a"], "changed": ["namespace.a.dax"]},
+        ),
         ({"reserve": True}, {"refused": ["namespace.a.reserve"]}),
         (
             {"representation": {"kind": "struct-page", "memmap": "device"}},
@@ -118,6 +124,24 @@ def test_the_mount_and_the_control_socket_stay_until_a_restart() -> None:
     )
     refused = ["fuse.mountpoint", "fuse.allow_other", "control.socket"]
     assert actions(plan(old, new)) == {"refused": refused}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "kernel"},
+        {"owner": "root:root"},
+        {"mode": "0660"},
+        {"options": ["ro"]},
+        {"punch": True},
+        {"request_timeout_seconds": 0},
+    ],
+    ids=str,
+)
+def test_what_a_mount_is_stays_until_a_restart(changes: dict[str, Any]) -> None:
+    old = config(fuse=FuseConfig(mountpoint="/m"))
+    new = config(fuse=FuseConfig(mountpoint="/m", **changes))
+    assert actions(plan(old, new)) == {"refused": [f"fuse.{key}" for key in changes]}
 
 
 def test_namespaces_come_and_go_and_the_first_one_is_the_default() -> None:

@@ -30,6 +30,8 @@ from pmblk.nvme.command import (
     FLUSH,
     FUA,
     GET_LBA_STATUS,
+    KEEP,
+    PREALLOCATE,
     READ,
     WRITE,
     WRITE_ZEROES,
@@ -89,7 +91,10 @@ steps = st.lists(
         st.tuples(st.just("hold"), ranges, st.just(0)),
         st.tuples(st.just("release"), nowhere, st.just(0)),
         st.tuples(st.just("poison"), ranges, st.just(0)),
-        st.tuples(st.just(WRITE_ZEROES), ranges, st.sampled_from([0, FUA, ALLOCATE])),
+        st.tuples(
+            st.just(WRITE_ZEROES), ranges, st.sampled_from([0, FUA, ALLOCATE, KEEP, KEEP | FUA])
+        ),
+        st.tuples(st.just(PREALLOCATE), ranges, st.sampled_from([0, FUA])),
         st.tuples(st.just(DATASET_MANAGEMENT), ranges, st.just(0)),
         st.tuples(st.just(FLUSH), nowhere, st.just(0)),
         st.tuples(st.just(GET_LBA_STATUS), ranges, st.just(0)),
@@ -179,6 +184,8 @@ class Checker:
             await self.write(offset, length, number)
         elif kind in (WRITE_ZEROES, DATASET_MANAGEMENT):
             await self.clear(Command(int(kind), number, offset, length))
+        elif kind == PREALLOCATE:
+            await self.preallocate(Command(PREALLOCATE, number, offset, length))
         elif kind == FLUSH:
             await self.flush()
         elif kind == GET_LBA_STATUS:
@@ -233,7 +240,8 @@ class Checker:
     async def clear(self, command: Command) -> None:
         """A discard waits for leases on pages that it gives back, and for nothing else."""
         offset, length = command.offset, command.length
-        punching = self.namespace.media.punches and not command.flags & ALLOCATE
+        punching = self.namespace.media.punches and not command.flags & (ALLOCATE | KEEP)
+        allocated = self.namespace.media.allocated_bytes()
         in_the_way = self.protects and punching and self.holds_whole_pages(offset, length)
         protects = self.protects
         waited = await self.run(command)
@@ -247,6 +255,15 @@ class Checker:
             self.changed(offset, bytes(length))
             assert waited or not in_the_way, "pages were taken away from a lease"
         assert not waited or (protects and punching), "there was nothing to wait for"
+        if command.flags & KEEP:
+            assert self.namespace.media.allocated_bytes() == allocated
+
+    async def preallocate(self, command: Command) -> None:
+        """What the range holds it keeps, what is bad stays bad, and nobody is waited for."""
+        assert not await self.run(command)
+        assert command.status == 0
+        if command.length:
+            assert self.namespace.media.allocation.covers(command.offset, command.length)
 
     async def flush(self) -> None:
         command = Command(FLUSH, 0, 0, 0)

@@ -7,6 +7,7 @@ proc(5), `stat` and `task/TID/children`. The benchmarks use it too.
 import os
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,20 @@ class Clock:
     """
 
     wall: float
-    server: float
+    server_user: float
+    server_system: float
     client: float
     machine: float
+
+    @property
+    def server(self) -> float:
+        return self.server_user + self.server_system
 
     def since(self, earlier: "Clock") -> "Clock":
         return Clock(
             wall=self.wall - earlier.wall,
-            server=self.server - earlier.server,
+            server_user=self.server_user - earlier.server_user,
+            server_system=self.server_system - earlier.server_system,
             client=self.client - earlier.client,
             machine=self.machine - earlier.machine,
         )
@@ -39,38 +46,48 @@ class Clock:
         return max(0.0, self.machine - self.server - self.client) / self.wall
 
 
-def clock(server_pid: int) -> Clock:
+def clock(*server_pids: int) -> Clock:
+    """Of a server that is all of these processes, with their children."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    parts = [_process_ticks(pid) for pid in server_pids]
     return Clock(
         wall=time.monotonic(),
-        server=_process_seconds(server_pid),
+        server_user=sum(user for user, _ in parts) / TICKS,
+        server_system=sum(system for _, system in parts) / TICKS,
         client=children.ru_utime + children.ru_stime,
         machine=_machine_seconds(),
     )
 
 
-def _process_seconds(pid: int) -> float:
-    """User and system time of the process and its children, all threads, the ended ones too."""
+Ticks = tuple[int, int]  # in user mode, in the kernel
+
+
+def _process_ticks(pid: int) -> Ticks:
+    """Of the process and its children, all threads, the ended ones too."""
     while True:
         own, ended = _ticks(pid)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        running = sum(_ticks_or_none(int(child)) for child in children)
+        running = [_ticks_or_none(int(child)) for child in children]
         if _ticks(pid)[1] == ended:  # else a child has ended meanwhile, and is in both or neither
-            return (own + ended + running) / TICKS
+            return _sum([own, ended, *running])
 
 
-def _ticks(pid: int) -> tuple[int, int]:
+def _ticks(pid: int) -> tuple[Ticks, Ticks]:
     """Its own, and those of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, system, ended_user, ended_system = map(int, fields[11:15])
-    return user + system, ended_user + ended_system
+    return (user, system), (ended_user, ended_system)
 
 
-def _ticks_or_none(pid: int) -> int:
+def _ticks_or_none(pid: int) -> Ticks:
     try:
-        return sum(_ticks(pid))
+        return _sum(_ticks(pid))
     except (FileNotFoundError, ProcessLookupError):
-        return 0
+        return 0, 0
+
+
+def _sum(parts: Sequence[Ticks]) -> Ticks:
+    return sum(user for user, _ in parts), sum(system for _, system in parts)
 
 
 def _machine_seconds() -> float:

@@ -95,7 +95,7 @@ class Files:
         born = self._born_ns
         if inode == ROOT_INODE:
             return Attributes(inode, stat.S_IFDIR | 0o555, 0, 0, born, uid, gid, links=2)
-        namespace = self._namespace(inode)
+        namespace = self.served(inode).namespace
         if namespace.read_only:
             mode &= ~0o222
         allocated = namespace.media.allocated_bytes()
@@ -108,7 +108,7 @@ class Files:
 
     def resize(self, inode: int, size: int) -> None:
         """truncate(2): only to the size that the file has (fio asks for that)."""
-        if size != self._namespace(inode).size:
+        if size != self.served(inode).namespace.size:
             raise refuse(errno.EPERM)
 
     def open(self, inode: int, flags: int) -> Served:
@@ -150,13 +150,15 @@ class Files:
 
     def to_read(self, inode: int, offset: int, length: int) -> Work:
         """Up to `length` bytes, fewer at the end of the file, none past it."""
-        namespace = self._namespace(inode)
-        length = max(0, min(length, namespace.size - offset))
+        namespace = self.served(inode).namespace
+        room = namespace.size - offset
+        if length > room:
+            length = max(0, room)
         return namespace, Command(READ, 0, offset if length else 0, length)
 
     def to_write(self, inode: int, offset: int, data: "bytes | memoryview") -> Work:
         """All of `data`, or what fits before the end; ENOSPC when nothing does."""
-        namespace = self._namespace(inode)
+        namespace = self.served(inode).namespace
         length = len(data)
         room = namespace.size - offset
         if length > room:
@@ -166,14 +168,14 @@ class Files:
         return namespace, Command(WRITE, 0, offset, length, payload=data)
 
     def to_sync(self, inode: int) -> Work:
-        return self._namespace(inode), Command(FLUSH, 0, 0, 0)
+        return self.served(inode).namespace, Command(FLUSH, 0, 0, 0)
 
     def to_allocate(self, inode: int, mode: int, offset: int, length: int) -> Work:
         """fallocate(2): memory for a range, a hole, or zeroes. The size never changes.
 
         A hole may reach past the end, where there is nothing; the others find no space there.
         """
-        namespace = self._namespace(inode)
+        namespace = self.served(inode).namespace
         if mode == FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE:
             length = max(0, min(length, namespace.size - offset))
             flags = 0 if self._punch else KEEP
@@ -188,7 +190,7 @@ class Files:
 
     def to_seek(self, inode: int, offset: int, whence: int) -> Work:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; `found` reads the answer."""
-        namespace = self._namespace(inode)
+        namespace = self.served(inode).namespace
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise refuse(errno.EINVAL)
         if not offset < namespace.size:
@@ -229,9 +231,6 @@ class Files:
             await namespace.complete(waiting)
         if command.status:
             raise refuse(errno_of(command.status, command.opcode))
-
-    def _namespace(self, inode: int) -> Namespace:
-        return self.served(inode).namespace
 
     def served(self, inode: int) -> Served:
         """What the file is. Raises OSError (EISDIR, ENOENT)."""

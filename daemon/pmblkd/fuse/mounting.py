@@ -86,6 +86,7 @@ def _mount_by_helper(mountpoint: Path, *, allow_other: bool, options: Sequence[s
             raise PmblkError(f"fusermount3 did not end in {HELPER_SECONDS} s") from None
         if done.returncode != 0:
             raise PmblkError(f"cannot mount on {mountpoint}: {done.stderr.strip()}")
+        theirs.close()  # else nobody would ever tell us that nothing comes
         fd = _receive_descriptor(ours)
     os.set_blocking(fd, False)
     return fd

@@ -12,7 +12,7 @@ word; sizes are cached for a second, and `resized` makes the message that ends t
 import errno
 import struct
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -25,12 +25,12 @@ from pmblkd.fuse.wire import ROOT_INODE, Init, Opcode, SetAttr
 from pmblkd.registry import Served
 from pmblkd.statuses import errno_of
 
-Buffer = "memoryview | bytes"
-Reply = Sequence["memoryview | bytes"]
+Buffer: TypeAlias = "memoryview | bytes"
+Reply = Sequence[Buffer]
 
 IO_BYTES_MAX = 1 << 20
 PAGES_MAX = IO_BYTES_MAX >> 12
-SEGMENTS_MAX = 1023  # and the header: the kernel takes 1024 pieces (IOV_MAX)
+IOV_MAX = 1024
 BACKGROUND_MAX = 128  # asynchronous requests that the kernel keeps in flight
 BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 64
@@ -140,14 +140,13 @@ class Session:
         if command.status:
             return error_reply(work.unique, errno_of(command.status, opcode))
         if opcode == READ:
-            segments = [
-                zeroes(segment.length) if isinstance(segment, Hole) else segment
-                for segment in command.segments or ()
-            ]
             length = _REPLY_HEADER_BYTES + command.length
-            if len(segments) > SEGMENTS_MAX:
-                segments = [b"".join(segments)]
-            return [wire.OUT_HEADER.pack(length, 0, work.unique), *segments]
+            reply: list[Buffer] = [wire.OUT_HEADER.pack(length, 0, work.unique)]
+            for segment in command.segments or ():
+                reply.append(zeroes(segment.length) if isinstance(segment, Hole) else segment)
+            if len(reply) > IOV_MAX:  # more pieces than writev(2) takes
+                return [b"".join(reply)]
+            return reply
         if opcode == WRITE:
             return _reply(work.unique, wire.WRITE_OUT.pack(command.length, 0))
         if opcode == GET_LBA_STATUS:
@@ -230,7 +229,7 @@ class Session:
 
     def _readdir(self, unique: int, _inode: int, body: memoryview) -> Reply:
         """The position in the directory is the inode of the last name that was given."""
-        _, start, room = wire.IO_IN.unpack_from(body)[:3]
+        start, room = wire.IO_IN.unpack_from(body)
         entries = b""
         for name, inode in self._files.entries():
             if inode > start:
@@ -275,12 +274,12 @@ class Session:
     # ---- the data
 
     def _read(self, unique: int, inode: int, body: memoryview) -> Work:
-        _, offset, length = wire.IO_IN.unpack_from(body)[:3]
+        offset, length = wire.IO_IN.unpack_from(body)
         namespace, command = self._files.to_read(inode, offset, min(length, IO_BYTES_MAX))
         return Work(unique, namespace, command)
 
     def _write(self, unique: int, inode: int, body: memoryview) -> Work:
-        _, offset, length = wire.IO_IN.unpack_from(body)[:3]
+        offset, length = wire.IO_IN.unpack_from(body)
         payload = body[_IO_DATA:]
         if length != len(payload):
             raise refuse(errno.EINVAL)

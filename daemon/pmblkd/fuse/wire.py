@@ -94,7 +94,8 @@ ATTR_OUT = struct.Struct("<QII")  # attr_valid attr_valid_nsec dummy
 SETATTR_IN = struct.Struct("<IIQQ")  # valid padding fh size
 OPEN_IN = struct.Struct("<II")  # flags open_flags
 OPEN_OUT = struct.Struct("<QIi")  # fh open_flags backing_id
-IO_IN = struct.Struct("<QQIIQII")  # fh offset size flags lock_owner flags padding: READ, WRITE
+# fh offset size flags lock_owner flags padding, of READ and WRITE; offset and size are looked at
+IO_IN = struct.Struct("<8xQI20x")
 WRITE_OUT = struct.Struct("<II")  # size padding
 STATFS_OUT = struct.Struct("<QQQQQIIII24x")  # blocks bfree bavail files ffree bsize namelen frsize
 FALLOCATE_IN = struct.Struct("<QQQII")  # fh offset length mode padding
