@@ -1,4 +1,4 @@
-"""Making a namespace a block device of this machine, and undoing it. Runs in the command line.
+"""Making a namespace a block device of this machine. Runs in the command line.
 
 Never in the daemon: a process that opens a file of its own FUSE mount can hang for ever.
 
@@ -10,11 +10,16 @@ daemon's sockets.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pmblk import PmblkError
+from pmblk.pages import PAGE_BYTES
 from pmblkd import loop, mounts
+from pmblkd.errors import WorkFailed
+from pmblkd.mounts import Health
+from pmblkd.programs import run
 from pmblkd.reports import NamespaceReport
 
 Via = Literal["loop", "nbd"]
@@ -35,27 +40,6 @@ def attach(namespace: NamespaceReport, *, via: Via | None) -> Path:
     return _attach_loop(namespace)
 
 
-def detach(namespace: NamespaceReport) -> list[Path]:
-    """Take every block device of the namespace away; the list of them. Raises PmblkError."""
-    loops: list[Path] = []
-    if namespace.fuse is not None:
-        file = Path(namespace.fuse.path)
-        loops = loop.devices_on(lambda backing: backing == file or _was(backing, file))
-    clients = [device for device in _nbd_devices() if _serves(namespace, device)]
-    for device in (*loops, *clients):
-        _refuse_mounted(device)
-    for device in loops:
-        loop.detach(device)
-    for device in clients:
-        loop.run("nbd-client", "-d", str(device))
-    return [*loops, *clients]
-
-
-def _was(backing: Path, file: Path) -> bool:
-    """Whether the path is what is left of `file` when its killed daemon's mount was taken away."""
-    return backing == Path("/") / file.name and not backing.exists()
-
-
 def _attach_loop(namespace: NamespaceReport) -> Path:
     fuse = namespace.fuse
     if fuse is None:
@@ -65,20 +49,38 @@ def _attach_loop(namespace: NamespaceReport) -> Path:
         )
     file = Path(fuse.path)
     with loop.exclusive():
+        mount = _living_mount(file.parent)
         for device in loop.devices_on(lambda backing: backing == file):
-            return device
+            # Another number is another mount: a dead one, which the present one has buried.
+            if loop.file_system_of(device) == f"0:{mount.minor}":
+                return device
         return loop.attach(
             file,
             block_bytes=namespace.lba_bytes,
             read_only=namespace.read_only,
             discards=fuse.discards,
+            # The kernel hands what is direct to the media, whose disk may have larger blocks. Such
+            # a file has no page cache of its own, so nothing is cached twice.
+            direct=fuse.dax != "fast" or namespace.lba_bytes == PAGE_BYTES,
         )
 
 
-def _refuse_mounted(device: Path) -> None:
-    mount = mounts.find_source(str(device))
-    if mount is not None:
-        raise PmblkError(f"{device} is mounted on {mount.path}", hint=f"run: umount {mount.path}")
+def _living_mount(mountpoint: Path) -> mounts.Mount:
+    """What is mounted there. Raises PmblkError unless its daemon answers."""
+    mount = mounts.find(mountpoint)
+    if mount is None:
+        raise PmblkError(
+            f"nothing is mounted on {mountpoint} any more", hint="start the daemon again"
+        )
+    state = mounts.health(mount)
+    if state is Health.SILENT:
+        message, hint = mounts.silence(mount)
+        raise WorkFailed(message, hint=hint)
+    if state is Health.DEAD:
+        raise WorkFailed(
+            f"the kernel has ended the mount on {mountpoint}", hint="start the daemon again"
+        )
+    return mount
 
 
 # ---- nbd
@@ -89,55 +91,62 @@ def _attach_nbd(namespace: NamespaceReport) -> Path:
         raise PmblkError(
             f"{namespace.name} has no NBD export", hint="add [nbd] with listen to the config"
         )
-    for device in _nbd_devices():
-        if _serves(namespace, device):
-            return device
-    device = _free_nbd_device()
-    loop.run("nbd-client", *nbd_client_arguments(namespace, device))
-    return device
+    with loop.exclusive():
+        for device in nbd_devices():
+            if is_client_of(device, namespace.name, namespace.nbd):
+                return device
+        device = _free_nbd_device()
+        run("nbd-client", *nbd_client_arguments(namespace, device))
+        return device
 
 
 def nbd_client_arguments(namespace: NamespaceReport, device: Path) -> list[str]:
-    """nbd-client(8)'s arguments; a unix socket is preferred."""
-    uris = sorted(namespace.nbd, key=lambda uri: not uri.startswith("nbd+unix"))
+    """nbd-client(8)'s arguments."""
+    size = str(namespace.lba_bytes)
+    export = _export_arguments(namespace.name, namespace.nbd, device)
+    # With netlink nbd-client is gone at once, and nobody could say which export the device has.
+    options = ["-block-size", size, "-nonetlink"]
+    if namespace.read_only:
+        options.append("-readonly")
+    return [*export, *options]
+
+
+def _export_arguments(name: str, uris: Sequence[str], device: Path) -> list[str]:
+    """Which export of which server; a unix socket is preferred."""
+    uris = sorted(uris, key=lambda uri: not uri.startswith("nbd+unix"))
     if match := re.fullmatch(r"nbd\+unix:///.*\?socket=(.+)", uris[0]):
         server = ["-unix", match[1]]
     else:
         match = re.fullmatch(r"nbd://\[?(.+?)\]?:(\d+)/.*", uris[0])
         assert match is not None, uris[0]
         server = [match[1], match[2]]
-    size = str(namespace.lba_bytes)
-    options = ["-name", namespace.name, "-block-size", size]
-    # With netlink nbd-client is gone at once, and nobody could say which export the device has.
-    options.append("-nonetlink")
-    if namespace.read_only:
-        options.append("-readonly")
-    return [*server, str(device), *options]
+    return [*server, str(device), "-name", name]
 
 
-def _serves(namespace: NamespaceReport, device: Path) -> bool:
+def is_client_of(device: Path, name: str, uris: Sequence[str]) -> bool:
     """Whether the nbd-client behind the device was started by us, for this very export."""
-    if not namespace.nbd:
+    if not uris:
         return False
     try:
-        pid = (Path("/sys/block") / device.name / "pid").read_text().strip()
+        pid = (loop.DEVICES / device.name / "pid").read_text().strip()
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return False
-    return arguments[1:-1] == nbd_client_arguments(namespace, device)
+    export = _export_arguments(name, uris, device)
+    return arguments[1 : 1 + len(export)] == export
 
 
-def _nbd_devices() -> list[Path]:
-    return [Path("/dev") / entry.name for entry in sorted(Path("/sys/block").glob("nbd*"))]
+def nbd_devices() -> list[Path]:
+    return [Path("/dev") / entry.name for entry in sorted(loop.DEVICES.glob("nbd*"))]
 
 
 def _free_nbd_device() -> Path:
-    devices = _nbd_devices()
+    devices = nbd_devices()
     if not devices:
         raise PmblkError(
             "this kernel has no nbd devices", hint="run: modprobe nbd; or attach through loop"
         )
     for device in devices:
-        if not (Path("/sys/block") / device.name / "pid").exists():
+        if not (loop.DEVICES / device.name / "pid").exists():
             return device
     raise PmblkError("every nbd device is in use", hint="detach one")

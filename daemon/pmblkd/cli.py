@@ -28,6 +28,9 @@ from pmblkd import (
 from pmblkd import (
     config as configuration,
 )
+from pmblkd import (
+    detach as detaching,
+)
 from pmblkd.errors import WorkFailed, did_you_mean, only_ours
 from pmblkd.reports import (
     AttachReport,
@@ -230,16 +233,61 @@ def attach(
     _print(report, report.device, json=json)
 
 
-@app.command
+@app.command(
+    usage="Usage: pmblk detach [OPTIONS] NAME\n"
+    "       pmblk detach --all [OPTIONS]\n"
+    "       pmblk detach --all --config FILE [OPTIONS]"
+)
 def detach(
-    name: Name,
+    name: Annotated[str | None, Parameter(help="The namespace, by its name.")] = None,
     /,
     *,
+    all_: Annotated[
+        bool,
+        Parameter(
+            name="--all",
+            negative="",
+            show_default=False,
+            help="Those of every namespace, and a mount that has lost its daemon.",
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        Parameter(
+            help="With --all: ask no daemon, it is dead or hangs; this is its config file (TOML)."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    force: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="With --all --config: end the mount of a daemon that does not answer, so that"
+            " everybody who waits for it gets an error.",
+        ),
+    ] = False,
     socket: Socket = DEFAULT_SOCKET,
     json: AsJson = False,
 ) -> None:
-    """Take the block device of a namespace away."""
-    devices = attaching.detach(_find(name, socket))
+    """Take the block device of a namespace away, or --all of them.
+
+    A device that is in use is refused, with what to do; the exit status is 1 then.
+    """
+    if all_:
+        if name is not None or ((force or overrides) and config is None):
+            problem = "--all takes no NAME; --force and --set take --config"
+            raise PmblkError(problem, hint=_see("detach"))
+        if config is None:
+            place = detaching.place_of_daemon(socket)
+        else:
+            place = detaching.place_of_config(configuration.load(config, overrides or ()))
+        everything = detaching.detach_all(place, force=force)
+        _print(everything, views.all_detached(everything), json=json)
+        sys.exit(1 if everything.refused else 0)
+    if name is None or config or overrides or force:
+        raise PmblkError("detach takes a NAME, or --all and its options", hint=_see("detach"))
+    devices = detaching.detach(_find(name, socket))
     report = DetachReport(name=name, devices=[str(device) for device in devices])
     _print(report, views.detached(report), json=json)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from pmblk.media.reserve import FILE_UNIT_BYTES
+from pmblk.media.reserve import FILE_UNIT_BYTES, reserve_bytes
 from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
 from pmblk.units import parse_size
 from pmblkd.errors import ConfigError, RepresentationError, did_you_mean
@@ -60,6 +60,14 @@ class NamespaceConfig(_Table, frozen=True):
     @property
     def size_bytes(self) -> int | None:
         return None if self.size is None else parse_size(self.size)
+
+    def served_bytes(self) -> int:
+        """The device's size, as far as the config and its file tell; 0 while there is none."""
+        try:
+            size = self.size_bytes or self.file.stat().st_size
+        except OSError:
+            return 0
+        return size - reserve_bytes(size) if self.with_reserve else size
 
     @property
     def representation_kind(self) -> str:

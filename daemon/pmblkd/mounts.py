@@ -5,18 +5,22 @@ hang us too. Questions go to /proc/self/mountinfo or to a child with a time limi
 """
 
 import ctypes
+import enum
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from pmblk import PmblkError
+from pmblkd import connections
+from pmblkd.errors import WorkFailed
+from pmblkd.programs import NotEnded, run
 
 MNT_DETACH = 2
 ANSWER_SECONDS = 5
+DEAD_WORDS = ("not connected", "connection abort")  # ENOTCONN, ECONNABORTED
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -27,6 +31,14 @@ class Mount(msgspec.Struct, frozen=True):
     file_system: str  # "fuse.pmblk" for ours
     source: str
     minor: int  # of its device; for FUSE the number of the connection
+
+
+class Health(enum.Enum):
+    """Of a mount. A DEAD one has lost its daemon, a SILENT one has one that does not answer."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    SILENT = "silent"
 
 
 def _all() -> Iterator[Mount]:
@@ -47,26 +59,25 @@ def find(path: Path) -> Mount | None:
     return found
 
 
-def find_source(source: str) -> Mount | None:
-    """A mount of that device, if any."""
-    return next((mount for mount in _all() if mount.source == source), None)
+def find_device(device: str) -> Mount | None:
+    """A mount of that block device or of one of its partitions, if any."""
+    return next(
+        (mount for mount in _all() if re.fullmatch(rf"{device}(p\d+)?", mount.source)), None
+    )
 
 
-def is_stale(mount: Mount) -> bool:
-    """Whether a FUSE mount has lost its daemon; one that does not answer in time has not."""
+def health(mount: Mount) -> Health:
+    """Asked by a child; what is no FUSE mount is alive."""
     if not mount.file_system.startswith("fuse"):
-        return False
+        return Health.ALIVE
     try:
-        answer = subprocess.run(
-            ["stat", "--file-system", str(mount.path)],
-            capture_output=True,
-            timeout=ANSWER_SECONDS,
-            env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "/usr/bin:/bin")},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return b"not connected" in answer.stderr
+        run("stat", "--file-system", str(mount.path), seconds=ANSWER_SECONDS)
+    except NotEnded:
+        return Health.SILENT
+    except WorkFailed as error:
+        if any(words in error.message for words in DEAD_WORDS):
+            return Health.DEAD
+    return Health.ALIVE
 
 
 def unmount(path: Path) -> None:
@@ -74,35 +85,80 @@ def unmount(path: Path) -> None:
     if _libc.umount2(os.fsencode(path), MNT_DETACH) == 0:
         return
     reason = os.strerror(ctypes.get_errno())
-    helper = subprocess.run(
-        ["fusermount3", "-u", "-z", str(path)],
-        capture_output=True,
-        timeout=ANSWER_SECONDS,
-        check=False,
+    try:
+        run("fusermount3", "-u", "-z", str(path), seconds=ANSWER_SECONDS)
+    except PmblkError:
+        raise PmblkError(
+            f"cannot unmount {path}: {reason}", hint=f"run: umount --lazy {path}"
+        ) from None
+
+
+def is_dead(path: Path) -> bool:
+    """Whether the topmost mount there has lost its daemon."""
+    mount = find(path)
+    return mount is not None and health(mount) is Health.DEAD
+
+
+def silence(mount: Mount) -> tuple[str, str]:
+    """What to say of a SILENT mount, and what to do about it."""
+    pids = connections.servers(mount.minor)
+    owner = (
+        f"process {pids[0]}, which serves {mount.path}," if pids else f"{mount.path}: its daemon"
     )
-    if helper.returncode != 0:
-        raise PmblkError(f"cannot unmount {path}: {reason}", hint=f"run: umount --lazy {path}")
+    end = f"end it (kill -9 {pids[0]})" if pids else "end it"
+    return (
+        f"{owner} does not answer",
+        f"{end}, or cut it off: pmblk detach --all --force --config FILE",
+    )
 
 
 def check_mountpoint(path: Path) -> bool:
-    """Whether `path` can be mounted on, without changing anything; True if a stale mount is there.
+    """Whether `path` can be mounted on, without changing anything; True if a dead mount is there.
 
     A directory that is missing is fine when its parent is there: mounting makes it.
     """
+    _check_above(path)
     mount = find(path)
     if mount is not None:
-        if is_stale(mount):
+        state = health(mount)
+        if state is Health.DEAD:
             return True
+        if state is Health.SILENT:
+            message, hint = silence(mount)
+            raise PmblkError(message, hint=hint)
         raise PmblkError(
             f"{path} is a mountpoint in use ({mount.file_system})",
             hint=f"stop its owner, or run: umount {path}",
         )
+    try:
+        _check_directory(path)
+    except OSError as error:
+        raise PmblkError(f"cannot look at {path}: {error.strerror}") from error
+    return False
+
+
+def _check_directory(path: Path) -> None:
     if path.is_dir():
         if any(path.iterdir()):
             raise PmblkError(f"{path} is not empty", hint="name an empty directory")
-        return False
-    if path.exists():
+    elif path.exists():
         raise PmblkError(f"{path} is not a directory", hint="name an empty directory")
-    if not path.parent.is_dir():
+    elif not path.parent.is_dir():
         raise PmblkError(f"no directory {path.parent}", hint="make it, or name another path")
-    return False
+
+
+def _check_above(path: Path) -> None:
+    """Nobody may look at a path below a FUSE mount before it is known to answer."""
+    for parent in reversed(path.parents):
+        mount = find(parent)
+        if mount is None:
+            continue
+        state = health(mount)
+        if state is Health.SILENT:
+            message, hint = silence(mount)
+            raise PmblkError(message, hint=hint)
+        if state is Health.DEAD:
+            raise PmblkError(
+                f"{path} lies below {parent}, a mount that has lost its daemon",
+                hint=f"run: umount --lazy {parent}",
+            )

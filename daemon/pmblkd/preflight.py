@@ -13,7 +13,7 @@ from pmblk import PmblkError
 from pmblk.media import syscalls
 from pmblk.media.pmem import inspect
 from pmblk.representations import KINDS
-from pmblkd import loop, mounts, rights
+from pmblkd import leftovers, loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
@@ -26,6 +26,7 @@ def check(file: Path, config: Config) -> None:
     _check_sockets(file, config, set())
     if config.fuse is not None:
         _check_mountpoint(file, Path(config.fuse.mountpoint))
+        _check_writers(file, config)
         _check_owner(file, config.fuse)
 
 
@@ -38,6 +39,7 @@ def check_new(
     """
     _check_namespaces(file, config, served)
     _check_sockets(file, config, {*listening, UnixAddress(Path(config.control.socket))})
+    _check_writers(file, config, served=served)
 
 
 def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) -> None:
@@ -167,6 +169,18 @@ def _is_open(path: Path) -> bool | None:
         return syscalls.is_open_elsewhere(fd)
     finally:
         os.close(fd)
+
+
+def _check_writers(file: Path, config: Config, *, served: Collection[str] = ()) -> None:
+    """What was attached to a killed daemon's file may still write to the media itself."""
+    if config.fuse is None:
+        return
+    new = [namespace for namespace in config.namespace if namespace.name not in served]
+    sizes = {namespace.name: namespace.served_bytes() for namespace in new}
+    try:
+        leftovers.check_writers(Path(config.fuse.mountpoint), sizes)
+    except PmblkError as error:
+        raise ConfigError(file, "fuse.mountpoint", error.message, hint=error.hint) from None
 
 
 def _is_ours_to_make(directory: Path) -> bool:

@@ -46,7 +46,7 @@ def namespace(served: Served, config: Config, fuse: Engine | None) -> NamespaceR
         durability=media.durability.level,
         durability_reason=media.durability.reason,
         punches_holes=media.punches,
-        nbd=[_uri(address, served.name) for address in addresses],
+        nbd=[uri(address, served.name) for address in addresses],
         fuse=_fuse_report(served, config, fuse),
         users=served.users,
         draining=served.draining,
@@ -67,7 +67,7 @@ def _fuse_report(served: Served, config: Config, fuse: Engine | None) -> FuseRep
     )
 
 
-def _uri(address: Address, name: str) -> str:
+def uri(address: Address, name: str) -> str:
     """The NBD URI of an export (doc/uri.md of the NBD project)."""
     if isinstance(address, UnixAddress):
         return f"nbd+unix:///{name}?socket={address.path}"

@@ -1,6 +1,6 @@
 """What the daemon says on its control socket: one type an answer, for both ends and for `--json`.
 
-`AttachReport` and `DetachReport` are the command line's own: the daemon knows of no attachment.
+The reports of attaching and detaching are the command line's own: the daemon knows of neither.
 
 Sizes are bytes, times are seconds. A field that is added is no break; one that changes is.
 """
@@ -160,10 +160,22 @@ class DetachReport(Report, frozen=True):
 
 
 class Refusal(Report, frozen=True):
-    """A change of the config that was not made, and why; what was served before still is."""
+    """What was not done, and why: a change of the config, by its key; a device that was kept."""
 
     key: str
     reason: str
+
+
+class DetachAllReport(Report, frozen=True):
+    """The block devices that are gone now, and those that are not, with what to do about them.
+
+    `unmounted` are dead mounts that were taken away, `aborted` those of a daemon that hung.
+    """
+
+    devices: list[str]
+    unmounted: list[str]
+    aborted: list[str]
+    refused: list[Refusal]
 
 
 class ReloadReport(Report, frozen=True):

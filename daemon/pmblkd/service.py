@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import io_flusher, loop, mounts, preflight, report_of, systemd
+from pmblkd import io_flusher, leftovers, mounts, preflight, report_of, systemd
 from pmblkd.answers import Answers
 from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
@@ -148,8 +148,10 @@ class Service:
         assert fuse is not None
         if refusal := io_flusher.become():
             _log.info("no IO flusher: when memory is short, waits may be long", reason=refusal)
-        if mounts.check_mountpoint(mountpoint):
-            _take_away(mountpoint)
+        mounts.check_mountpoint(mountpoint)
+        sizes = {served.name: served.namespace.size for served in self._registry}
+        leftovers.take_away(mountpoint, sizes)
+        mounts.check_mountpoint(mountpoint)  # a living one may have lain below a dead one
         if not mountpoint.exists():
             mountpoint.mkdir()
             undo.callback(_remove_empty, mountpoint)
@@ -172,7 +174,18 @@ class Service:
         self._fuse = None
         self._files.disconnected()
         if not self._stopping:
+            self._mount_ended()
+
+    def _mount_ended(self) -> None:
+        """Exports live on without files; with nothing left to serve, a supervisor has to know."""
+        assert self._config.fuse is not None
+        if mounts.find(Path(self._config.fuse.mountpoint)) is None:
             _log.warning("unmounted from outside: no files any more")
+            return
+        reason = "the kernel has ended the mount: aborted, or a request was not answered in time"
+        if self._nbd is None:
+            raise WorkFailed(reason, hint="see fuse.request_timeout_seconds; start again")
+        _log.error("no files any more", reason=reason)
 
     async def _heed(self, signals: AsyncIterator[int]) -> None:
         """SIGHUP reloads; the first of the others stops, the second stops at once."""
@@ -279,19 +292,6 @@ def _log_report(report: ReloadReport) -> None:
     )
     for refusal in report.refused:
         _log.warning("not reloaded", key=refusal.key, reason=refusal.reason)
-
-
-def _take_away(mountpoint: Path) -> None:
-    """A killed daemon's mount, and the loop devices on its files."""
-    _log.warning("a killed daemon's mount is in the way: unmounting", path=str(mountpoint))
-    for device in loop.devices_on(lambda backing: backing.is_relative_to(mountpoint)):
-        user = mounts.find_source(str(device))
-        if user is not None:
-            _log.warning("dead, but mounted", device=str(device), on=str(user.path))
-            continue  # after the umount, pmblk detach finds it
-        _log.warning("detaching what was attached to it", device=str(device))
-        loop.abandon(device)
-    mounts.unmount(mountpoint)
 
 
 def _remove_empty(directory: Path) -> None:

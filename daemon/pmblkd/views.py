@@ -9,6 +9,7 @@ from pmblk.representations import KINDS
 from pmblk.units import format_size
 from pmblkd.reports import (
     DescriptionReport,
+    DetachAllReport,
     DetachReport,
     NamespaceReport,
     PoisonReport,
@@ -168,6 +169,15 @@ def poisoned(report: PoisonReport) -> str:
 def detached(report: DetachReport) -> str:
     """A line a device."""
     return "\n".join(report.devices) or f"{report.name} is not attached"
+
+
+def all_detached(report: DetachAllReport) -> str:
+    """A line a device and a mount; what was refused comes last, with its reason."""
+    lines = [f"{path}: aborted, its daemon did not answer" for path in report.aborted]
+    lines += report.devices
+    lines += [f"{path}: unmounted, it had lost its daemon" for path in report.unmounted]
+    lines += [f"{refusal.key}: refused, {refusal.reason}" for refusal in report.refused]
+    return "\n".join(lines) or "nothing is attached"
 
 
 def _time(seconds: float) -> str:

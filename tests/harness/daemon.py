@@ -112,6 +112,12 @@ class Daemon:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
     def list(self) -> list[dict[str, Any]]:
         reports = control.ask(self.socket, "list", list[NamespaceReport])
         return [dict(msgspec.to_builtins(report)) for report in reports]

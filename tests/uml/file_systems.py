@@ -17,7 +17,7 @@ from pmblkd.compare import fio
 from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.harness import nbd_netlink, uml
 from tests.harness.cases import perform
-from tests.harness.daemon import Daemon, running
+from tests.harness.daemon import PMBLK, Daemon, running
 from tests.harness.file_systems import (
     TREE,
     ProgramError,
@@ -100,6 +100,10 @@ def command_line(daemon: Daemon) -> str:
         assert f"{device} is mounted on {directory}" in _refusal(*daemon.command("detach", "small"))
     assert run(*daemon.command("detach", "small")).strip() == device
     await_gone(Path(device))
+    for place in ("--socket", str(daemon.socket)), ("--config", str(daemon.config)):
+        assert run(*daemon.command("attach", "small")).strip() == device
+        assert run(PMBLK, "detach", "--all", *place).strip() == device
+        await_gone(Path(device))
     return device
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import attach, mounts, systemd
+from pmblkd import attach, connections, mounts, programs, systemd
+from pmblkd.errors import WorkFailed
 from pmblkd.listen import TcpAddress, UnixAddress, bind, check_free
+from pmblkd.programs import NotEnded
 from tests.unit.reports import namespace_report
 
 
@@ -50,6 +52,28 @@ def test_mounts_are_found_by_their_exact_path() -> None:
     assert (found.path, found.file_system, found.source) == (Path("/proc"), "proc", "proc")
     assert os.minor(os.stat("/proc").st_dev) == found.minor
     assert mounts.find(Path("/proc/self")) is None
+
+
+def test_a_program_that_does_not_end_is_killed_and_said() -> None:
+    with pytest.raises(NotEnded, match=r"sleep did not end in 0\.1 s"):
+        programs.run("sleep", "100", seconds=0.1)
+
+
+def test_a_program_that_fails_has_its_words_passed_on() -> None:
+    assert programs.run("echo", "fine") == "fine\n"
+    with pytest.raises(WorkFailed, match=r"stat: cannot stat.*No such file"):
+        programs.run("stat", "/no/such/file")
+    with pytest.raises(PmblkError, match="no-such-program is not installed"):
+        programs.run("no-such-program")
+
+
+def test_a_connection_that_has_ended_is_aborted_without_complaint() -> None:
+    """Nobody has a number that large; without root there is nothing to be done at all."""
+    if os.geteuid() == 0:
+        connections.abort(1 << 20)
+    else:
+        with pytest.raises(PmblkError, match="it takes root"):
+            connections.abort(1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pmblk.description import describe as engine
 from pmblk.representations import RepresentationCounters
 from pmblkd import report_of, views
 from pmblkd.reports import (
+    DetachAllReport,
     FuseReport,
     Refusal,
     ReloadReport,
@@ -126,3 +127,20 @@ def test_a_reload_is_a_line_a_change_with_what_was_refused_at_the_end() -> None:
         "nbd.listen: changed",
         "fuse.mountpoint: refused, needs a restart",
     ]
+
+
+def test_what_could_not_be_detached_comes_last_with_its_reason() -> None:
+    report = DetachAllReport(
+        devices=["/dev/loop8"],
+        unmounted=["/mnt"],
+        aborted=["/mnt"],
+        refused=[Refusal(key="/dev/loop9", reason="is mounted on /fs; run: umount /fs")],
+    )
+    assert views.all_detached(report).splitlines() == [
+        "/mnt: aborted, its daemon did not answer",
+        "/dev/loop8",
+        "/mnt: unmounted, it had lost its daemon",
+        "/dev/loop9: refused, is mounted on /fs; run: umount /fs",
+    ]
+    nothing = DetachAllReport(devices=[], unmounted=[], aborted=[], refused=[])
+    assert views.all_detached(nothing) == "nothing is attached"
