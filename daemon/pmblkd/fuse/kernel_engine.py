@@ -24,6 +24,7 @@ import trio
 
 from pmblk import Namespace, PmblkError
 from pmblk.media.syscalls import anonymous
+from pmblk.pages import PAGE_BYTES
 from pmblkd import mounts
 from pmblkd.fuse import mounting, passthrough
 from pmblkd.fuse.dax import Way
@@ -77,7 +78,7 @@ class KernelEngine:
         self._fd = -1
         self._poll = select.poll()
         self._mount: mounts.Mount | None = None
-        self._buffer = memoryview(anonymous(BATCH_BYTES + MESSAGE_BYTES_MAX))
+        self._buffer = _resident_buffer()
         self._stop = trio.Event()
         self._serving = trio.CancelScope()
         self._works: trio.Nursery
@@ -304,3 +305,12 @@ class KernelEngine:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 raise
+
+
+def _resident_buffer() -> memoryview:
+    """For a batch. It has its memory now: amid a write that the kernel needs done for want of
+    memory there may be none, and the kernel would wait for us, and we for it.
+    """
+    buffer = memoryview(anonymous(BATCH_BYTES + MESSAGE_BYTES_MAX))
+    buffer[::PAGE_BYTES] = bytes(len(buffer) // PAGE_BYTES)
+    return buffer
