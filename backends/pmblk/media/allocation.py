@@ -148,7 +148,14 @@ class AllocationMap:
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
+            self._refuse_truncated()
             return 1 << 63
+
+    def _refuse_truncated(self) -> None:
+        """Past the end of a file there are no holes. Raises OSError (EIO)."""
+        file_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        if file_bytes < self._size:
+            raise OSError(errno.EIO, f"the file was truncated to {file_bytes} bytes")
 
     def _mark_whole_pages(self, offset: int, length: int) -> None:
         """A page that is data only in part (file system blocks below 4 KiB) stays unknown."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
-_MAP_NORESERVE = 0x4000  # the mmap module has no name for it
+MAP_NORESERVE = 0x4000  # the mmap module has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -113,7 +113,7 @@ def anonymous(length: int) -> mmap.mmap:
 
     Private, since a page of shared memory is allocated by reading it.
     """
-    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
 
 
 def resident_bytes(mapping: mmap.mmap) -> int:
