@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints, program
+from tests.e2e.conftest import assert_no_complaints
+from tests.guest.namespaces import MIB, allocated, copy_over_nbd, disk
 from tests.harness import qemu
 from tests.harness.daemon import Daemon, running, scratch
 
 pytestmark = pytest.mark.guest
 
-MIB = 1 << 20
 NAMESPACES = """
 [[namespace]]
 name = "small"
@@ -39,22 +39,6 @@ def daemon() -> Iterator[Daemon]:
     with running(NAMESPACES.replace("{media}", "{dir}")) as daemon:
         yield daemon
         assert_no_complaints(daemon)
-
-
-def disk(daemon: Daemon, name: str, *, write_cache: bool = True) -> qemu.NvmeOverNbd:
-    (block_bytes,) = (each["lba_bytes"] for each in daemon.list() if each["name"] == name)
-    return qemu.NvmeOverNbd(
-        socket=daemon.directory / "nbd.sock",
-        export=name,
-        block_bytes=block_bytes,
-        write_cache=write_cache,
-    )
-
-
-def allocated(daemon: Daemon, name: str) -> int:
-    (size,) = (each["allocated_bytes"] for each in daemon.list() if each["name"] == name)
-    assert isinstance(size, int)
-    return size
 
 
 LIVES = """
@@ -114,7 +98,7 @@ def test_nvme_commands_reach_the_namespace(daemon: Daemon) -> None:
     with qemu.booted(COMMANDS, devices=[disk(daemon, "large")]) as guest:
         with guest.paused("written"):
             written = (guest.folder / "random").read_bytes()
-            assert content(daemon, 32 * MIB) == written
+            assert first_bytes(daemon, 32 * MIB) == written
             before = daemon.stats("large").namespace_counters
         with guest.paused("flushed"):
             assert daemon.stats("large").namespace_counters.flushes == before.flushes + 1
@@ -126,7 +110,7 @@ def test_nvme_commands_reach_the_namespace(daemon: Daemon) -> None:
         with guest.paused("zeroed"):
             after = daemon.stats("large").namespace_counters
             assert after.zero_bytes == before.zero_bytes + 8 * MIB
-            assert content(daemon, 32 * MIB) == bytes(24 * MIB) + written[24 * MIB :]
+            assert first_bytes(daemon, 32 * MIB) == bytes(24 * MIB) + written[24 * MIB :]
         guest.wait()
         controller = json.loads((guest.folder / "controller").read_text())
         namespace = json.loads((guest.folder / "namespace").read_text())
@@ -136,10 +120,8 @@ def test_nvme_commands_reach_the_namespace(daemon: Daemon) -> None:
     assert namespace["lbafs"][namespace["flbas"] & 0xF]["ds"] == 12
 
 
-def content(daemon: Daemon, length: int) -> bytes:
-    target = daemon.directory / "copy"
-    program("nbdcopy", daemon.uri("large"), str(target))
-    with target.open("rb") as file:
+def first_bytes(daemon: Daemon, length: int) -> bytes:
+    with copy_over_nbd(daemon, "large").open("rb") as file:
         return file.read(length)
 
 

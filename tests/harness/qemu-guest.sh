@@ -9,7 +9,7 @@ pause() {
 # await PATH: until it is there, as devices are a moment after their module.
 await() {
     local tries
-    for tries in $(seq 100); do
+    for tries in $(seq 600); do
         [ ! -e "$1" ] || return 0
         sleep 0.1
     done
@@ -21,7 +21,7 @@ await() {
 nvme_disk() {
     local file
     modprobe nvme
-    for _ in $(seq 100); do
+    for _ in $(seq 600); do
         for file in /sys/class/nvme/nvme*/serial; do
             if grep -q "^$1 *$" "$file" 2>/dev/null && [ -b "/dev/$(basename "${file%/serial}")n1" ]; then
                 echo "/dev/$(basename "${file%/serial}")n1"
@@ -32,4 +32,23 @@ nvme_disk() {
     done
     echo "no NVMe controller $1" >&2
     return 1
+}
+
+# dax_devices: make /dev/pmem0 and those after it fit for DAX, which their first user has to do.
+dax_devices() {
+    local namespace
+    modprobe -a nfit nd_e820 nd_pmem
+    await /dev/pmem0
+    for namespace in /sys/bus/nd/devices/namespace*; do
+        if [ "$(cat "$namespace/mode")" = raw ]; then
+            ndctl create-namespace --force --mode=fsdax --map=mem \
+                --reconfig="$(basename "$namespace")" >/dev/null 2>/run/ndctl || cat /run/ndctl
+        fi
+    done
+    await /dev/pmem0
+}
+
+# dax_offset: where /dev/pmem0 starts in the file that it is, in bytes; before it are labels.
+dax_offset() {
+    echo $(($(cat /sys/block/pmem0/device/resource) - $(cat /sys/bus/nd/devices/region0/resource)))
 }

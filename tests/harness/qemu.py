@@ -128,10 +128,14 @@ class Guest:
     def output(self) -> str:
         return (self.folder / "output").read_text(errors="replace")
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def await_line(self, line: str) -> None:
         """Until the script has said it. Raises GuestFailed when the guest ends without."""
         while line not in self.output.splitlines():
-            if self._process.poll() is not None:
+            if not self.alive:
                 raise GuestFailed(f"{line!r} was never said: {self._end()}")
             time.sleep(POLL_SECONDS)
 
@@ -169,7 +173,7 @@ class Guest:
 
 
 def run(
-    script: str, *, devices: Sequence[Device] = (), memory: str = "1536M", seconds: int = 180
+    script: str, *, devices: Sequence[Device] = (), memory: str = "1536M", seconds: int = 300
 ) -> str:
     """Run a bash script as root in a fresh guest; its output. Raises GuestFailed with it."""
     with booted(script, devices=devices, memory=memory, seconds=seconds) as guest:
@@ -178,7 +182,7 @@ def run(
 
 @contextlib.contextmanager
 def booted(
-    script: str, *, devices: Sequence[Device] = (), memory: str = "1536M", seconds: int = 180
+    script: str, *, devices: Sequence[Device] = (), memory: str = "1536M", seconds: int = 300
 ) -> Iterator[Guest]:
     """A guest that runs the script; killed at the end of the block, or after `seconds`.
 
