@@ -21,8 +21,15 @@ def disk(daemon: Daemon, name: str, *, write_cache: bool = True) -> qemu.NvmeOve
 
 
 def dax_file(daemon: Daemon, name: str) -> Path:
-    """The file that is the namespace, for others to map."""
-    return Path(_report(daemon, name)["path"])
+    """The file that is the namespace, for others to map: below the mount, where the kernel can.
+
+    Before Linux 6.9 no mapping of a FUSE file is a mapping of the media; then it is these.
+    """
+    report = _report(daemon, name)
+    if report["fuse"]["dax"] == "dax":
+        return Path(report["fuse"]["path"])
+    assert "Linux 6.9" in report["fuse"]["dax_reason"], report
+    return Path(report["path"])
 
 
 def allocated(daemon: Daemon, name: str) -> int:

@@ -4,6 +4,7 @@ The daemon runs on the host, QEMU is its NBD client, the guest sees a disk.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.e2e.conftest import assert_no_complaints
 from tests.guest.namespaces import MIB, allocated, copy_over_nbd, disk
 from tests.harness import qemu
 from tests.harness.daemon import Daemon, running, scratch
+from tests.harness.file_systems import make, run
 
 pytestmark = pytest.mark.guest
 
@@ -125,6 +127,17 @@ def first_bytes(daemon: Daemon, length: int) -> bytes:
         return file.read(length)
 
 
+def ext4_in(directory: Path) -> str:
+    """A file system with a page cache, where FUA has to wait; `scratch` unmounts it."""
+    image, where = directory / "image", directory / "mnt"
+    image.touch()
+    os.truncate(image, 1 << 30)
+    make("ext4", image)
+    where.mkdir()
+    run("mount", "-o", "loop", str(image), str(where))
+    return str(where)
+
+
 WRITES = """
 disk=$(nvme_disk large)
 dd if=/dev/urandom of=$disk bs=4k count=50 oflag=direct status=none
@@ -140,8 +153,8 @@ e2fsck -fn $disk
 def test_without_a_write_cache_every_write_is_durable_at_once() -> None:
     """NVMe with its write cache off: every write comes with FUA, and waits until it is synced."""
     with (
-        scratch(Path("/tmp")) as media,  # a file system with a page cache: FUA has to wait
-        running(NAMESPACES.replace("{media}", str(media))) as daemon,
+        scratch() as directory,
+        running(NAMESPACES.replace("{media}", ext4_in(directory))) as daemon,
     ):
         disks = [disk(daemon, "large", write_cache=False)]
         before = daemon.stats("large").namespace_counters
