@@ -27,7 +27,7 @@ from tests.unit.conftest import MakeNamespace, registered
 from tests.unit.fuse_kernel import BackingFiles
 
 SIZE = 1 << 20
-DEVICE, MINOR = 77, 40
+DEVICE, MINOR = 77, 0xFFFFF  # no mount of this machine is likely to have that one
 MAP_THE_FILE = """
 import mmap, sys
 with open(sys.argv[1], "r+b") as file:
