@@ -1,5 +1,6 @@
 # make demo   see it all work, in a minute or two
 # make test   everything that CI runs
+# make e2e    real kernels under QEMU: NVMe, persistent memory with DAX, power cuts, RAID
 # make check  the fast part: format, lint, types, layers, unit and property tests
 # make bench  the figures in docs/, side by side with the peers
 # make compare  the representations side by side: a report in pmblk-compare/
@@ -9,7 +10,7 @@ PREFIX ?= /usr/local
 # Mounting and loop devices take root; the unit tests do not.
 ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: setup demo check test bench compare lock install clean
+.PHONY: setup demo check test e2e bench compare lock install clean
 
 setup:
 	@.ci/setup
@@ -28,6 +29,11 @@ test: check
 	@[ -z "$(ROOT)" ] || echo "the end-to-end tests mount and attach: they run with sudo"
 	$(ROOT) $(PYTHON) -m pytest tests/e2e
 
+e2e:
+	@.ci/setup e2e
+	@[ -z "$(ROOT)" ] || echo "the guests are given block devices and mounts: this runs with sudo"
+	$(ROOT) .ci/boxed $(PYTHON) -m pytest tests/guest -q -o console_output_style=classic
+
 bench: setup
 	$(PYTHON) -m bench.nbd
 	$(ROOT) $(PYTHON) -m bench.fuse
@@ -42,4 +48,4 @@ install: setup
 	$(ROOT) env DESTDIR="$(DESTDIR)" .ci/install "$(PREFIX)"
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

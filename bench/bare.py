@@ -15,7 +15,7 @@ from pmblkd import cli, registry
 
 
 class BareNamespace(Namespace):
-    def execute(self, commands: Iterable[Command]) -> Sequence[Command]:
+    def execute(self, commands: Sequence[Command]) -> Sequence[Command]:
         """Reads and writes of memory that is there; everything else as usual."""
         view, covers, size = self.media.view, self.media.allocation.covers, self.size
         others = []

@@ -5,7 +5,8 @@ Nothing here awaits. What cannot be finished now is refused with False and left 
 
 Rules that live here and nowhere else:
 
-1. Every command passes the guard: range, read-only, health.
+1. Every command passes the guard: range, read-only, health. Media that have failed once
+   (`pmblk.media.faults`) fail every command.
 2. A write reserves its pages before it stores; a read never touches a hole (`pmblk.media`).
 3. After a sync has failed, every later write fails: nothing can prove what is durable.
 4. A deallocated range reads as zeroes, where the file system punches holes.
@@ -84,6 +85,8 @@ class Dispatcher:
     def guard(self, command: Command) -> Status:
         """Range, read-only and health."""
         opcode = command.opcode
+        if self.media.health.fault is not None:
+            return self.fault_of(opcode)
         if opcode == FLUSH:
             return Status.SUCCESS
         if command.length > self.media.size - command.offset:
@@ -112,9 +115,17 @@ class Dispatcher:
         self.counters.errors += 1
 
     def fail_with(self, command: Command, error: OSError) -> None:
-        reading = command.opcode in (READ, GET_LBA_STATUS)
-        fault = Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
-        self.fail(command, from_oserror(error, otherwise=fault))
+        self.fail(command, from_oserror(error, otherwise=self.fault_of(command.opcode)))
+        try:
+            self.media.check()  # the error may be the first sign of a truncated file
+        except OSError:
+            pass  # it is noted
+
+    @staticmethod
+    def fault_of(opcode: int) -> Status:
+        """What a command fails with that its media cannot do."""
+        reading = opcode in (READ, GET_LBA_STATUS, PREFETCH)
+        return Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
 
     def count(self, command: Command) -> None:
         """A command has succeeded."""
@@ -161,7 +172,7 @@ class Dispatcher:
 
     def _must_not_store(self, command: Command) -> bool:
         """The guard; for what has begun, only what can have changed since."""
-        if not command.received:
+        if not command.received or self.media.health.fault is not None:
             return self.guard(command) != Status.SUCCESS
         return self.sync.failure is not None or command.length > self.media.size - command.offset
 
@@ -203,6 +214,7 @@ class Dispatcher:
 
     def _flush(self, command: Command) -> bool:
         """A flush with nothing to wait for."""
+        self.media.check()
         return self.media.read_only or (not self.representation.dirty() and self.sync.try_now())
 
     def _persist_if_asked(self, command: Command) -> bool:
@@ -210,6 +222,7 @@ class Dispatcher:
         if not command.flags & FUA:
             return True
         self.representation.write_back(command.offset, command.length)
+        self.media.check()
         command.applied = not self.sync.try_now()
         return not command.applied
 
@@ -233,6 +246,7 @@ class Dispatcher:
         if command.length > INLINE_BYTES:
             return False
         self.media.reserve(command.offset, command.length)
+        self.media.check()  # past the end of a file there is space too, and it is of no use
         return self._persist_if_asked(command)
 
     def _lba_status(self, command: Command) -> bool:

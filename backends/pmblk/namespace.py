@@ -16,6 +16,8 @@ Rules that live here and nowhere else:
 4. Pages that somebody holds are given back only when they are released: a discard fences what the
    representation calls the unit of lifetime, and waits.
 5. Inside `quiesced` nothing runs, nothing is held, and all that was completed is durable.
+6. Media that failed (`pmblk.media.faults`) fail every command that was under way, for what it read
+   may be made up and what it wrote gone; and the guard fails all that come after it.
 
 Between two awaits everything here is atomic, since all of it runs on one event loop.
 """
@@ -37,11 +39,14 @@ from pmblk.nvme.command import (
     Command,
 )
 from pmblk.nvme.data_pointer import prp_list_pages
-from pmblk.pages import PAGE_SHIFT, span
+from pmblk.pages import PAGE_BYTES, PAGE_SHIFT, span
 from pmblk.representations.base import Lease, Representation
 from pmblk.waiting import Completer
 
 QUIESCE_SECONDS = 3  # less than the patience with a slow reader: a switch alone cuts nobody off
+
+# What to do about failed media: they serve nothing more, whatever becomes of the file.
+RESTORE = "stop the daemon, restore the file, check what is on it, and start again"
 
 _NONE: tuple[Command, ...] = ()
 _EVERYTHING = 1 << 63  # a range longer than any namespace will be
@@ -59,6 +64,7 @@ class Namespace:
         self.lba_bytes = lba_bytes
         self.size = media.size
         self.read_only = media.read_only
+        self.health = media.health
         self.changing = trio.Lock()  # for whoever exchanges the representation or the size
         self._dispatcher = Dispatcher(media, representation)
         self._completer = Completer(self._dispatcher)
@@ -85,7 +91,7 @@ class Namespace:
 
     # ---- the path of every I/O: no await
 
-    def execute(self, commands: Iterable[Command]) -> Sequence[Command]:
+    def execute(self, commands: Sequence[Command]) -> Sequence[Command]:
         """Set `status` (and what was read) of every command that needs no waiting; return the rest.
 
         A command that arrives with a status keeps it: its front end has judged it already. Read
@@ -145,6 +151,9 @@ class Namespace:
                 continue
             if not dispatcher.attempt(command):
                 waiting.append(command)
+        if self.health.fault is not None:
+            self._fail(commands)
+            return _NONE
         counters = dispatcher.counters
         if reads:
             counters.reads += reads
@@ -156,6 +165,14 @@ class Namespace:
         if list_pages:
             counters.prp_list_pages += list_pages
         return self._own_payloads(waiting) if waiting else _NONE
+
+    def _fail(self, commands: Sequence[Command]) -> None:
+        """The media have failed under these commands, or before: all that succeeded did not."""
+        for command in commands:
+            command.segments = command.extents = None
+            if not command.status:
+                self._dispatcher.fail(command, self._dispatcher.fault_of(command.opcode))
+        self.release(commands)
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
         """The front end's buffer is its own again after `execute`; what waits needs its bytes."""
@@ -205,7 +222,12 @@ class Namespace:
             raise PmblkError(f"{self.name}: {error.strerror}") from error
 
     def check_accessible(self, offset: int, length: int) -> None:
-        """Raises PmblkError for a range that is not there, or that a discard is taking away."""
+        """Raises PmblkError for a range that is not there, or that a discard is taking away.
+
+        And for all of a namespace that has failed.
+        """
+        if self.examine():
+            raise PmblkError(f"{self.name} has failed: {self.failure()}", hint=RESTORE)
         if length < 1 or offset < 0 or length > self.size - offset:
             raise PmblkError(
                 f"{self.name} has no {length} bytes at {offset}", hint=f"it has {self.size} bytes"
@@ -215,6 +237,27 @@ class Namespace:
                 f"{self.name} is changing the {length} bytes at {offset}", hint="try again"
             )
 
+    # ---- media that fail
+
+    def failure(self) -> str:
+        """What became of the media, empty while all is well; looks at no file."""
+        fault = self.health.fault
+        return "" if fault is None else fault.reason(self.media.path)
+
+    def examine(self, views: Iterable[memoryview] = ()) -> bool:
+        """Whether the media have failed, with a look at the length of their file.
+
+        `views` are memory that a system call refused (EFAULT). A load from each of their pages
+        meets the same fault here, where it is noted.
+        """
+        try:
+            self.media.check()
+            for view in views:
+                bytes(view[::PAGE_BYTES]), bytes(view[-1:])
+        except OSError:
+            pass  # it is noted
+        return self.health.fault is not None
+
     # ---- the commands that wait, and changes of the namespace itself
 
     async def complete(self, commands: Sequence[Command]) -> Sequence[Command]:
@@ -223,7 +266,10 @@ class Namespace:
         The finished ones have their status. Send them, `release` them, and come again with the
         rest. All syncs that are wanted become one.
         """
-        return await self._completer.complete(commands)
+        rest = await self._completer.complete(commands)
+        if self.health.fault is not None:
+            self._fail(commands[: len(commands) - len(rest)])
+        return rest
 
     @contextlib.asynccontextmanager
     async def quiesced(self) -> AsyncIterator[None]:
@@ -263,4 +309,5 @@ class Namespace:
         flush = Command(FLUSH, 0, 0, 0)
         await self.complete(self.execute((flush,)))
         if flush.status:
-            raise OSError(errno.EIO, f"namespace {self.name}: the flush failed")
+            reason = self.failure() or "the flush failed"
+            raise OSError(errno.EIO, f"namespace {self.name}: {reason}")

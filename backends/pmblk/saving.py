@@ -15,7 +15,7 @@ import trio
 
 from pmblk.errors import PmblkError
 from pmblk.media.target import Target
-from pmblk.namespace import Namespace
+from pmblk.namespace import RESTORE, Namespace
 from pmblk.nvme.command import READ, Command, Hole, Segment
 from pmblk.ranges import slices
 
@@ -48,10 +48,12 @@ async def save(namespace: Namespace, target: Target) -> Saved:
             representation = namespace.representation
             before = representation.costs().bytes_copied
             holes += await _save_piece(namespace, target, offset, length)
+            _refuse_failed(namespace)  # before `finish`: what was written may be made up
             if namespace.representation is representation:
                 copied += representation.costs().bytes_copied - before
         await trio.to_thread.run_sync(target.finish, size, abandon_on_cancel=True)
     except OSError as error:
+        _refuse_failed(namespace)  # EFAULT is about its memory, not about the target
         raise PmblkError(
             f"{namespace.name} is not saved: {target.path}: {error.strerror}",
             hint=_hint(error),
@@ -72,6 +74,7 @@ async def _save_piece(namespace: Namespace, target: Target, offset: int, length:
         await namespace.complete(waiting)
     try:
         if read.status:
+            _refuse_failed(namespace)
             raise PmblkError(
                 f"{namespace.name} is not saved: it cannot be read between {offset} "
                 f"and {offset + length}",
@@ -79,9 +82,18 @@ async def _save_piece(namespace: Namespace, target: Target, offset: int, length:
             )
         segments = read.segments or ()
         await trio.to_thread.run_sync(_write, target, offset, segments, abandon_on_cancel=True)
+    except OSError:
+        namespace.examine(view for view in segments if isinstance(view, memoryview))
+        raise
     finally:
         namespace.release((read,))
     return sum(segment.length for segment in segments if isinstance(segment, Hole))
+
+
+def _refuse_failed(namespace: Namespace) -> None:
+    """Raises PmblkError."""
+    if namespace.examine():
+        raise PmblkError(f"{namespace.name} is not saved: {namespace.failure()}", hint=RESTORE)
 
 
 def _write(target: Target, offset: int, segments: "Sequence[Segment]") -> None:

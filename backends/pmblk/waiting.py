@@ -113,6 +113,7 @@ class Completer:
             with dispatcher.fences.around(*unit):
                 while punches and self._representation.busy(offset, length):
                     await self.lease_released()
+                    dispatcher.media.check()  # a page table on failed media knows nothing
                 await clear_in_slices(
                     self._dispatcher.media, self._representation, offset, length, way
                 )
@@ -130,6 +131,7 @@ class Completer:
                     command.offset, command.length, slice_bytes=INLINE_BYTES
                 ):
                     dispatcher.media.reserve(offset, length)
+                    dispatcher.media.check()
                     await trio.lowlevel.checkpoint()
         except OSError as error:
             dispatcher.fail_with(command, error)
@@ -229,6 +231,7 @@ class Completer:
                     if self._representation is not representation:
                         return  # exchanged since, and `quiesced` has persisted all of it
         await self._dispatcher.sync()
+        self._dispatcher.media.check()
 
 
 def _copy_segments(command: Command, target: memoryview) -> None:

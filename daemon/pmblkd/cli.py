@@ -1,5 +1,6 @@
 """The command `pmblk`. Exit status: 0 done, 1 failed at work, 2 wrong use, config or world."""
 
+import faulthandler
 import os
 import shutil
 import sys
@@ -88,6 +89,7 @@ def serve(config: ConfigFile, /, *, overrides: Overrides = None) -> None:
     """Serve the namespaces of a config file, in the foreground, until SIGTERM or SIGINT."""
     loaded = configuration.load(config, overrides or ())
     log.configure(loaded.daemon.log_level)
+    faulthandler.enable()  # a crash has a last word; before the engine's own handler (SIGBUS)
     trio.run(Service(config, loaded, overrides or ()).serve)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pmblk import PmblkError
+from pmblk.media import syscalls
 from pmblk.media.pmem import inspect
 from pmblk.representations import KINDS
 from pmblkd import leftovers, loop, mounts, rights
@@ -144,18 +145,30 @@ def _check_mappers(
 
     It mapped a file of that name on the mount that is still there.
     """
+    if not KINDS[namespace.representation_kind].keeps_copies or not namespace.file.exists():
+        return
+    if _is_open(namespace.file) is False:
+        return  # who maps its file on a mount that is left has pages of the mount
     mount = None if fuse is None else mounts.find(Path(fuse.mountpoint))
-    if KINDS[namespace.representation_kind].keeps_copies and namespace.file.exists():
-        also = () if mount is None else (on_mount(mount.minor, namespace.name),)
-        pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
-        if pids:
-            raise ConfigError(
-                file,
-                f"{place}.path",
-                f"process {pids[0]} maps {namespace.path}, and "
-                f"{namespace.representation_kind} keeps copies of it",
-                hint="end it first, or choose another representation",
-            )
+    also = () if mount is None else (on_mount(mount.minor, namespace.name),)
+    pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
+    if pids:
+        raise ConfigError(
+            file,
+            f"{place}.path",
+            f"process {pids[0]} maps {namespace.path}, and "
+            f"{namespace.representation_kind} keeps copies of it",
+            hint="end it first, or choose another representation",
+        )
+
+
+def _is_open(path: Path) -> bool | None:
+    """Whether anybody has the file open, or mapped; None if it cannot be told. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return syscalls.is_open_elsewhere(fd)
+    finally:
+        os.close(fd)
 
 
 def _check_writers(file: Path, config: Config, *, served: Collection[str] = ()) -> None:

@@ -50,6 +50,7 @@ def namespace(served: Served, config: Config, fuse: Engine | None) -> NamespaceR
         fuse=_fuse_report(served, config, fuse),
         users=served.users,
         draining=served.draining,
+        failure=namespace.failure() or None,
     )
 
 

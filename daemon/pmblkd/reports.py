@@ -40,7 +40,8 @@ class FuseReport(Report, frozen=True):
 class NamespaceReport(Report, frozen=True):
     """One namespace, as `pmblk list` shows it. `nbd` are URIs.
 
-    `users` are NBD connections and open files; a `draining` namespace takes no new ones.
+    `users` are NBD connections and open files; a `draining` namespace takes no new ones. `failure`
+    is what became of its media; null while all is well.
     """
 
     name: str
@@ -58,6 +59,7 @@ class NamespaceReport(Report, frozen=True):
     fuse: FuseReport | None
     users: int
     draining: bool
+    failure: str | None
 
 
 class StatsReport(Report, frozen=True):

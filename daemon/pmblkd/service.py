@@ -4,9 +4,9 @@ Namespaces open first and close last; exports live inside. A start that fails ta
 it had made. A stop (SIGTERM, SIGINT) lets the front ends finish what has arrived, flushes every
 namespace and unmounts; what is not done by the deadline is cut off. SIGHUP reads the config again.
 
-The tree of tasks: one nursery with the signal watcher, the control socket, reloads and namespaces
-that drain, and in it one for the front ends. When a front end fails, everything stops and the error
-surfaces.
+The tree of tasks: one nursery with the signal watcher, the control socket, the watch over the
+media, reloads and namespaces that drain, and in it one for the front ends. When a front end fails,
+everything stops and the error surfaces.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import io_flusher, leftovers, mounts, preflight, report_of, systemd
+from pmblkd import io_flusher, leftovers, media_watch, mounts, preflight, report_of, systemd
 from pmblkd.answers import Answers
 from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
@@ -73,6 +73,7 @@ class Service:
                     self._nursery = nursery
                     nursery.start_soon(control.run)
                     nursery.start_soon(self._heed, signals)
+                    nursery.start_soon(media_watch.run, self._registry)
                     try:
                         with self._serving:
                             await self._run_front_ends()
@@ -231,7 +232,11 @@ class Service:
         if limit.cancelled_caught:
             failures.append(f"not flushed in {FLUSH_SECONDS} s")
         if failures:
-            raise WorkFailed("; ".join(failures), hint="what was flushed before is safe")
+            broken = any(served.namespace.health.fault for served in self._registry)
+            hint = "what was flushed before is safe"
+            if broken:
+                hint = "restore the file, and check what is on it, before the next start"
+            raise WorkFailed("; ".join(failures), hint=hint)
 
     # ---- reload
 

@@ -45,6 +45,8 @@ def _namespace(report: NamespaceReport, columns: int) -> Iterator[str]:
     if report.read_only:
         facts.append("read-only")
     lines = [", ".join(facts), f"{report.durability}: {report.durability_reason}"]
+    if report.failure is not None:
+        lines.append(f"failed: {report.failure}")
     if report.draining:
         users = "1 user" if report.users == 1 else f"{report.users} users"
         lines.append(f"draining: {users} left, no new ones")

@@ -1,4 +1,4 @@
-"""Read from memory that was discarded meanwhile. A process of its own, for it may be SIGBUS.
+"""Read from memory that was discarded meanwhile. A process of its own, for it is SIGBUS.
 
 Usage: pfn_racer.py DIRECTORY LOCKING, with a small tmpfs at DIRECTORY. Says each step on a line.
 """
@@ -48,6 +48,8 @@ async def race(directory: Path, locking: str) -> None:
     assert read.segments is not None
     found = b"".join(bytes(segment) for segment in read.segments if isinstance(segment, memoryview))
     say("intact" if found == HELD else f"found {found[:8]!r} instead of {HELD[:8]!r}")
+    if namespace.failure():
+        say(f"the media have failed: {namespace.failure()}")
     namespace.release([read])
     if waiting:
         await namespace.complete(waiting)

@@ -23,5 +23,6 @@ def namespace_report(**changes: Any) -> NamespaceReport:
         "fuse": None,
         "users": 0,
         "draining": False,
+        "failure": None,
     }
     return NamespaceReport(**{**fields, **changes})

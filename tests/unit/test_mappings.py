@@ -1,5 +1,6 @@
 """Clients that map the media, and who keeps copies of them: never both at once."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from pmblk import Namespace, PmblkError
+from pmblk.media import Media
 from pmblkd import mappers
 from pmblkd.config import Dax
 from pmblkd.fuse.dax import Way
@@ -25,7 +27,7 @@ from tests.unit.conftest import MakeNamespace, registered
 from tests.unit.fuse_kernel import BackingFiles
 
 SIZE = 1 << 20
-DEVICE, MINOR = 77, 40
+DEVICE, MINOR = 77, 0xFFFFF  # no mount of this machine is likely to have that one
 MAP_THE_FILE = """
 import mmap, sys
 with open(sys.argv[1], "r+b") as file:
@@ -192,10 +194,35 @@ async def test_a_client_is_found_by_the_file_of_the_mount_that_it_maps(
         return [4321]
 
     monkeypatch.setattr("pmblkd.fuse.mappings.processes_that_map", find)
-    with pytest.raises(PmblkError, match="process 4321 maps them"):
+    with (
+        served.namespace.media.path.open("rb"),  # as the mapping has it
+        pytest.raises(PmblkError, match="process 4321 maps them"),
+    ):
         async with kept_out(served, "page-cache"):
             raise AssertionError("let through")
     assert wanted == [served.mapped_as]
+
+
+async def test_a_client_whose_mapping_goes_through_the_daemon_is_in_nobody_s_way(
+    serve: Callable[..., Served], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks like one that maps the media, but nobody has those open.
+
+    Where that cannot be told, it is taken for one.
+    """
+    served = serve()
+    other = directory / "other.img"
+    other.write_bytes(bytes(SIZE))
+    status = other.stat()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    served.mapped_as = MappedAs(device, str(status.st_ino))
+    with mapped(other) as pid:
+        async with kept_out(served, "page-cache"):
+            assert served.dax_kept_out
+        monkeypatch.setattr(served.namespace.media, "is_open_elsewhere", lambda: None)
+        with pytest.raises(PmblkError, match=f"process {pid} maps them"):
+            async with kept_out(served, "page-cache"):
+                raise AssertionError("let through")
 
 
 async def test_clients_stay_kept_out_when_the_search_is_cancelled(
@@ -214,7 +241,7 @@ async def test_clients_stay_kept_out_when_the_search_is_cancelled(
 
 
 def test_who_maps_a_file_is_found_by_every_name_of_it(directory: Path) -> None:
-    path = directory / "media.img"
+    path = directory / f"media-{os.getpid()}.img"  # nobody else maps one of that name
     path.write_bytes(bytes(SIZE))
     (directory / "link").symlink_to(path)
     other = directory / "other.img"
@@ -226,7 +253,7 @@ def test_who_maps_a_file_is_found_by_every_name_of_it(directory: Path) -> None:
         assert processes_that_map(other, other.stat()) == []
         same_file = MappedAs(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", "")
         by_inode = msgspec.structs.replace(same_file, file=str(status.st_ino))
-        by_name = msgspec.structs.replace(same_file, file="media.img")
+        by_name = msgspec.structs.replace(same_file, file=path.name)
         assert processes_that_map(other, other.stat(), also=[by_inode]) == [pid]
         assert processes_that_map(other, other.stat(), also=[by_name]) == [pid]
     assert processes_that_map(path, status) == []
@@ -263,3 +290,28 @@ def test_every_line_of_our_own_maps_is_understood() -> None:
         assert by_device.file == by_path.file
         assert by_device.file.isdecimal()
         assert "/" not in by_name.file
+
+
+# ---- whether anybody has the media open at all
+
+
+def test_who_opens_the_file_while_we_ask_does_not_end_us(
+    make_media: Callable[..., Media], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells us with a signal, whose usual number would."""
+    media = make_media()
+    ask, opened = fcntl.fcntl, []
+
+    def open_meanwhile(fd: int, what: int, number: int) -> int:
+        answer = ask(fd, what, number)
+        if (what, number) == (fcntl.F_SETLEASE, fcntl.F_WRLCK):
+            with pytest.raises(BlockingIOError):
+                os.open(media.path, os.O_RDONLY | os.O_NONBLOCK)
+            opened.append(fd)
+        return answer
+
+    monkeypatch.setattr(fcntl, "fcntl", open_meanwhile)
+    assert not media.is_open_elsewhere()
+    assert len(opened) == 1
+    monkeypatch.undo()
+    media.path.open("rb").close()

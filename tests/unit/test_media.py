@@ -258,6 +258,77 @@ def test_writing_a_preallocated_file_asks_lseek_nothing(
         media.close()
 
 
+def written_by_others(directory: Path, *, pages: int) -> Media:
+    """Media with data that did not come through them, and a hole behind."""
+    (directory / "a").write_bytes(b"x" * pages * PAGE)
+    os.truncate(directory / "a", 2 * pages * PAGE)
+    return open_media(directory / "a")
+
+
+def count_seeks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    real, seeks = os.lseek, []
+
+    def counting(fd: int, position: int, whence: int) -> int:
+        seeks.append(position)
+        return real(fd, position, whence)
+
+    monkeypatch.setattr(os, "lseek", counting)
+    return seeks
+
+
+@pytest.mark.parametrize("place", [0, 100])
+def test_a_run_that_others_wrote_is_looked_for_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """On tmpfs each look walks over the whole run: looking at every read would be quadratic."""
+    media = written_by_others(directory, pages=64)
+    seeks = count_seeks(monkeypatch)
+    try:
+        for page in range(64):
+            offset = page * PAGE + place
+            assert [one.hole for one in media.allocation.extents(offset, 50)] == [False]
+        assert len(seeks) <= 4
+        assert media.allocation.covers(0, 64 * PAGE)
+        assert not any(media.allocation.known[64:128])
+    finally:
+        media.close()
+
+
+def test_what_lies_around_is_not_learned_while_something_is_punched(directory: Path) -> None:
+    """The punch has forgotten its pages already, and takes them away a moment later."""
+    media = written_by_others(directory, pages=8)
+    allocation = media.allocation
+    try:
+        with allocation.punched(4 * PAGE, PAGE):
+            assert not next(iter(allocation.extents(0, PAGE))).hole
+            assert allocation.covers(0, PAGE)
+            assert not any(allocation.known[1:])
+    finally:
+        media.close()
+
+
+def test_nor_when_something_was_punched_amid_the_look(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = written_by_others(directory, pages=8)
+    allocation, real = media.allocation, os.lseek
+
+    def punching(fd: int, position: int, whence: int) -> int:
+        found = real(fd, position, whence)
+        if whence == os.SEEK_HOLE:
+            monkeypatch.setattr(os, "lseek", real)
+            media.punch(4 * PAGE, PAGE)  # as a thread would
+        return found
+
+    monkeypatch.setattr(os, "lseek", punching)
+    try:
+        assert not next(iter(allocation.extents(0, PAGE))).hole
+        assert not allocation.covers(4 * PAGE, PAGE), "it is a hole"
+        assert allocation.covers(0, PAGE)
+    finally:
+        media.close()
+
+
 def test_blocks_past_the_end_do_not_make_a_file_full(directory: Path) -> None:
     create(directory / "a", 1 << 20)
     with (directory / "a").open("r+b") as file:

@@ -11,13 +11,14 @@ import trio
 import trio.testing
 
 from pmblk import Command, Namespace
+from pmblk.media.faults import BUS_MCEERR_AR, Fault
 from pmblkd.nbd import connection as connection_module
 from pmblkd.nbd.connection import Connection, Use
 from pmblkd.nbd.handshake import Export, Handshake
 from pmblkd.nbd.requests import RequestStream
 from pmblkd.spin import Spinner
 from tests.unit import nbd_client as client
-from tests.unit.conftest import MakeNamespace
+from tests.unit.conftest import LogRecord, MakeNamespace, write
 
 READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
 
@@ -249,6 +250,52 @@ async def test_a_send_that_fails_breaks_the_connection_for_every_sender(
     assert await theirs.recv(100) == b"half"
     with trio.fail_after(5):
         assert await theirs.recv(100) == b""
+
+
+async def test_a_reply_from_memory_that_its_file_has_lost_ends_the_connection_and_the_namespace(
+    make_namespace: MakeNamespace,
+    pair: tuple[socket.socket, trio.socket.SocketType],
+    logged: LogRecord,
+) -> None:
+    """The kernel cannot send from there (EFAULT), and nobody knew until then."""
+    namespace = make_namespace(1 << 20)
+    namespace.execute([write(0, b"x" * namespace.size)])
+    ours, theirs = pair
+    async with serving(namespace, ours):
+        await go(theirs)
+        os.truncate(namespace.media.path, 4096)
+        await theirs.send(client.request(READ, 1, 1 << 19, 1 << 16))
+        with trio.fail_after(5):
+            received = await theirs.recv(1 << 20)
+            while data := await theirs.recv(1 << 20):
+                received += data
+    assert len(received) <= 16, "a header at most"
+    assert "truncated" in namespace.failure()
+    assert namespace.failure() in logged.expect("connection closed")["reason"]
+    assert namespace.representation.leases == 0
+
+
+async def test_a_reply_that_is_under_way_when_its_media_fail_is_cut_off(
+    make_namespace: MakeNamespace, pair: tuple[socket.socket, trio.socket.SocketType]
+) -> None:
+    """Zeroes may stand where its bytes were: what the client has got by then is true."""
+    namespace = make_namespace(8 << 20)
+    namespace.execute([write(0, b"x" * namespace.size)])
+    ours, theirs = pair
+    async with serving(namespace, ours):
+        await go(theirs)
+        for cookie in (1, 2):  # the second waits behind the first
+            await theirs.send(client.request(READ, cookie, 0, 4 << 20))
+        await trio.testing.wait_all_tasks_blocked()
+        size = namespace.media.file_bytes
+        namespace.health.fault = Fault(0, BUS_MCEERR_AR, size, size)
+        received = b""
+        with trio.fail_after(5):
+            while data := await theirs.recv(1 << 20):
+                received += data
+    assert 16 < len(received) < 4 << 20
+    assert set(received[16:]) == {ord("x")}
+    assert namespace.representation.leases == 0
 
 
 LARGE = 1 << 20

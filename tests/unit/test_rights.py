@@ -112,6 +112,12 @@ def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_l
         return [4321]
 
     monkeypatch.setattr(preflight, "processes_that_map", find)
-    with pytest.raises(ConfigError, match="process 4321 maps"):
-        preflight.check(FILE, config(directory, kind="page-cache"))
+    copies = config(directory, kind="page-cache")
+    preflight.check(FILE, copies)
+    assert not asked, "nobody has the media open"
+    with (
+        (directory / "a.img").open("rb"),  # as the mapping has it
+        pytest.raises(ConfigError, match="process 4321 maps"),
+    ):
+        preflight.check(FILE, copies)
     assert asked == [(directory / "a.img", (MappedAs("00:28", "a"),))]

@@ -78,6 +78,14 @@ def test_a_list_names_the_exports_and_of_one_that_drains_the_users() -> None:
     assert "nbd://" not in view
 
 
+def test_a_list_says_what_has_failed() -> None:
+    reason = "somebody truncated /dev/shm/ns1.img from 1073741824 to 4096 bytes"
+    view = views.namespaces([namespace_report(failure=reason)], columns=80)
+    assert_fits(view)
+    assert f"failed: {reason}" in " ".join(view.split())
+    assert "failed" not in views.namespaces([namespace_report()], columns=80)
+
+
 def describe(namespace: MakeNamespace, offset: int, length: int, **options: int) -> str:
 
     one = namespace(options=options)

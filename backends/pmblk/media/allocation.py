@@ -7,12 +7,16 @@ allocates nothing.
 
 One byte a page, in anonymous memory that costs nothing until it is touched: a byte array would
 cost 100 MiB to open 400 GiB, a bit map would need shifts on the path of every I/O. A known page
-stays known until it is discarded; an unknown one may be data (the file came to us like this) or a
-hole, and lseek(2) with SEEK_DATA and SEEK_HOLE tells.
+stays known until it is discarded; an unknown one may be data (the file came to us like this, or a
+client mapped it) or a hole, and lseek(2) with SEEK_DATA and SEEK_HOLE tells. On tmpfs that walks
+over every page up to the hole, so all of the run that was walked over is remembered, not only what
+was asked for: else each read of a file that others have filled would walk again.
 """
 
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 
 from pmblk.media import syscalls
@@ -30,6 +34,9 @@ class AllocationMap:
         self._fd = fd
         self._size = size
         self._pages = (size + PAGE_BYTES - 1) >> PAGE_SHIFT
+        self._changes = threading.Lock()  # a long punch runs in a thread of its own
+        self._punching = 0
+        self._punches = 0
         # 1: memory is there; `Namespace.execute` looks itself.
         self.known = syscalls.anonymous(max(self._pages, 1))
 
@@ -67,6 +74,22 @@ class AllocationMap:
             position = min(end, known + len(_KNOWN_RUN))
             self.known[known:position] = bytes(position - known)
 
+    @contextlib.contextmanager
+    def punched(self, offset: int, length: int) -> Iterator[None]:
+        """Inside, the range becomes a hole. Nothing is learned meanwhile of what lies around.
+
+        Forgets before the punch: one that fails half way must not leave holes that count as memory.
+        """
+        with self._changes:
+            self._punching += 1
+            self.forget(offset, length)
+        try:
+            yield
+        finally:
+            with self._changes:
+                self._punching -= 1
+                self._punches += 1
+
     def unknown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Runs of unknown pages that the range touches, as (offset, length) in whole pages."""
         position = offset >> PAGE_SHIFT
@@ -87,8 +110,6 @@ class AllocationMap:
                 continue
             # A known page may still be a hole to lseek: reserved, and not yet written.
             extent = self._ask(position, self._next_known(position, end))
-            if not extent.hole:
-                self._mark_whole_pages(extent)
             yield extent
             position += extent.length
 
@@ -105,23 +126,47 @@ class AllocationMap:
         return end if known < 0 else min(end, known << PAGE_SHIFT)
 
     def _ask(self, position: int, end: int) -> Extent:
-        """One extent from the file system, at most up to `end`."""
+        """One extent from the file system, at most up to `end`; data that is found is remembered.
+
+        What is found past `end` may be on its way out: nothing is fenced there.
+        """
+        punches = self._punches
+        data = self._data_from(position)
+        if data > position:
+            return Extent(position, min(data, end) - position, hole=True)
+        hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), self._size)
+        extent = Extent(position, min(hole, end) - position, hole=False)
+        with self._changes:
+            calm = not self._punching and self._punches == punches
+            self._mark_whole_pages(position, hole - position if calm else extent.length)
+        return extent
+
+    def _data_from(self, position: int) -> int:
+        """Where the next data begin; past the end when there are none."""
         try:
-            data = os.lseek(self._fd, position, os.SEEK_DATA)
+            return os.lseek(self._fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            data = end
-        if data > position:
-            return Extent(position, min(data, end) - position, hole=True)
-        hole = os.lseek(self._fd, position, os.SEEK_HOLE)
-        return Extent(position, min(hole, end) - position, hole=False)
+            self._refuse_truncated()
+            return 1 << 63
 
-    def _mark_whole_pages(self, extent: Extent) -> None:
+    def _refuse_truncated(self) -> None:
+        """Past the end of a file there are no holes. Raises OSError (EIO)."""
+        file_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        if file_bytes < self._size:
+            raise OSError(errno.EIO, f"the file was truncated to {file_bytes} bytes")
+
+    def _mark_whole_pages(self, offset: int, length: int) -> None:
         """A page that is data only in part (file system blocks below 4 KiB) stays unknown."""
-        first = (extent.offset + PAGE_BYTES - 1) & -PAGE_BYTES
-        end = extent.offset + extent.length
+        first, end = offset & -PAGE_BYTES, offset + length
+        if first < offset and not self._is_data(first, offset):
+            first += PAGE_BYTES
         if end < self._size:
             end &= -PAGE_BYTES
         if end > first:
             self.mark(first, end - first)
+
+    def _is_data(self, start: int, end: int) -> bool:
+        """Whether there is no hole between the two."""
+        return self._data_from(start) == start and os.lseek(self._fd, start, os.SEEK_HOLE) >= end

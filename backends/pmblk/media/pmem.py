@@ -4,7 +4,8 @@
 representations store to and load from. It promises that no store and no load meets a page that the
 file system cannot provide, as long as callers `reserve` before they `store` and ask `allocation`
 before they load from `view`; `pmblk.dispatcher` does both. A store to media in a page cache can
-still fail, with an OSError.
+still fail, with an OSError. What fails all the same (the file is truncated, its memory is bad) is
+noted in `health`, and final (`pmblk.media.faults`).
 
 Not here: ranges, read-only rules and status codes (`pmblk.namespace`), and when to sync.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pmblk.errors import MediaError
-from pmblk.media import reserve, syscalls
+from pmblk.media import faults, reserve, syscalls
 from pmblk.media.allocation import AllocationMap
 from pmblk.media.durability import Durability, map_and_detect
 from pmblk.pages import PAGE_SHIFT
@@ -35,6 +36,7 @@ class Media:
 
     `view` are the `size` bytes of data; slices of it may be handed out and are valid until `close`
     or `resize`. `reserve_view` is what the file keeps for a page table (`pmblk.media.reserve`).
+    Once `health.fault` is set, nothing that was read or stored since can be trusted.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Media:
         self.read_only = read_only
         self.durability = durability
         self.reserve_user = ""  # the representation that has its page table there
+        self.health = faults.Health(fd)
         self._fd = fd
         self._map(mapping)
         self.punches = not read_only and _punches_safely(fd, self.file_bytes)
@@ -62,6 +65,7 @@ class Media:
 
     def _map(self, mapping: mmap.mmap) -> None:
         self._mapping = mapping
+        self._unwatch = faults.watch(self.health, mapping, read_only=self.read_only)
         self.file_bytes = len(mapping)
         self.size = self.file_bytes - self.reserve_bytes
         self.view = memoryview(mapping)[: self.size]
@@ -94,7 +98,9 @@ class Media:
 
         A folio may be far larger than a page and reach over pages that are not reserved (seen on
         Linux 6.18, ext4 and xfs), which is SIGBUS on a full file system. This is ENOSPC.
+        A file that was truncated would grow again by this, with zeroes for what it lost.
         """
+        self.check()
         while data:
             written = os.pwrite(self._fd, data, offset)
             data = memoryview(data)[written:]
@@ -133,19 +139,32 @@ class Media:
     def punch(self, offset: int, length: int) -> None:
         """The range reads as zeroes and gives its whole pages back. Needs `punches`.
 
-        Forgets before it punches: a failure half way must not leave holes that count as memory.
         The layout counts as changed only afterwards, or a sync that runs meanwhile would cover it.
         """
-        self.allocation.forget(offset, length)
         try:
-            syscalls.punch_hole(self._fd, offset, length)
+            with self.allocation.punched(offset, length):
+                syscalls.punch_hole(self._fd, offset, length)
         finally:
             self.durability.layout_changed()
+        self.check()  # past the end of a file there is nothing to punch, and no error
 
     def fill_with_zeroes(self, offset: int, length: int) -> None:
         """Store zeroes over a range that is reserved."""
         for position, piece in slices(offset, length, slice_bytes=len(ZEROES)):
             self.store(position, ZEROES[:piece])
+
+    def check(self) -> None:
+        """Raises OSError (EIO) once the media have failed, or when the file is too short.
+
+        What a truncated file lost of its last page cannot be had by waiting for a fault.
+        """
+        health = self.health
+        if health.fault is None:
+            file_bytes = os.lseek(self._fd, 0, os.SEEK_END)  # half of what fstat costs
+            if file_bytes >= self.file_bytes:
+                return
+            health.fault = faults.Fault(file_bytes, 0, file_bytes, self.file_bytes)
+        raise OSError(errno.EIO, health.fault.reason(self.path))
 
     def stored_elsewhere(self) -> None:
         """Somebody else stores to the file, or may have: the next sync has to reach all of it."""
@@ -172,8 +191,8 @@ class Media:
         flags = os.O_RDONLY if self.read_only else os.O_RDWR
         return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
 
-    def is_open_elsewhere(self) -> bool:
-        """Whether anybody but us has the file open or mapped, as far as it can be told.
+    def is_open_elsewhere(self) -> bool | None:
+        """Whether anybody but us has the file open or mapped; None if it cannot be told.
 
         One that was given a descriptor by `open_again` counts, until it is closed.
         """
@@ -195,6 +214,7 @@ class Media:
         mapping. Raises OSError, and then nothing has changed. Not for a file with a reserve.
         """
         assert not self.reserve_bytes
+        self.check()
         before = os.fstat(self._fd).st_size
         if size > before:
             os.ftruncate(self._fd, size)
@@ -211,10 +231,12 @@ class Media:
 
     def trim(self) -> None:
         """Give up what the file has past `size`. Raises OSError."""
+        self.check()
         os.ftruncate(self._fd, self.file_bytes)
 
     def close(self) -> None:
         """Unmap and unlock. Views that are still out keep the mapping, not the lock, alive."""
+        self._unwatch()
         try:
             self.view.release()
             self.reserve_view.release()

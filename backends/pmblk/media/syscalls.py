@@ -14,7 +14,7 @@ from pathlib import Path
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
-_MAP_NORESERVE = 0x4000  # the mmap module has no name for it
+MAP_NORESERVE = 0x4000  # the mmap module has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -83,8 +83,8 @@ def can_reserve(fd: int) -> bool:
     return True
 
 
-def is_open_elsewhere(fd: int) -> bool:
-    """Whether anybody else has the file open or mapped; False if it cannot be told.
+def is_open_elsewhere(fd: int) -> bool | None:
+    """Whether anybody else has the file open or mapped; None if it cannot be told.
 
     The kernel grants a write lease only to whoever has the file alone, by whatever name others come
     to it, and mappings whose descriptors are closed count; older kernels without IMA do not count
@@ -95,7 +95,7 @@ def is_open_elsewhere(fd: int) -> bool:
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return True if error.errno == errno.EAGAIN else None
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
 
@@ -113,7 +113,7 @@ def anonymous(length: int) -> mmap.mmap:
 
     Private, since a page of shared memory is allocated by reading it.
     """
-    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
 
 
 def resident_bytes(mapping: mmap.mmap) -> int:

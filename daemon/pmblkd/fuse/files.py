@@ -214,6 +214,8 @@ class Files:
         ]
         data = segments[0] if len(segments) == 1 else b"".join(segments)
         namespace.release((command,))
+        if namespace.health.fault is not None:  # under this copy: what it took may be made up
+            raise refuse(errno.EIO)
         return data
 
     async def write(self, inode: int, offset: int, data: "bytes | memoryview") -> int:

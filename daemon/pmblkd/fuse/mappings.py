@@ -69,5 +69,7 @@ def _is_open_elsewhere(served: Served) -> bool:
 def _processes_that_map(served: Served) -> list[int]:
     """Also those that map the file itself, and not ours: their stores go to the media too."""
     media = served.namespace.media
+    if media.is_open_elsewhere() is False:
+        return []  # who maps its file on the mount has pages of the mount, and not of the media
     also = () if served.mapped_as is None else (served.mapped_as,)
     return processes_that_map(media.path, media.status(), also=also)

@@ -11,9 +11,10 @@ receive buffer, and no more.
 """
 
 import contextlib
+import errno
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import structlog
@@ -54,6 +55,7 @@ class Connection:
         self._sock = sock
         self._peer = peer
         self._spinner = spinner
+        self._namespace: Namespace | None = None
         self._sending = trio.Lock()
         self._waiting: list[Command] = []
         self._waiting_bytes = 0
@@ -75,6 +77,7 @@ class Connection:
                     namespace = await self._shake_hands(handshake, use, used)
                 if limit.cancelled_caught:
                     raise Disconnected(f"no handshake in {HANDSHAKE_SECONDS} s")
+                self._namespace = namespace
                 log = log.bind(export=namespace.name)
                 log.info("client connected", structured=handshake.structured)
                 await self._transmit(handshake, namespace)
@@ -274,7 +277,7 @@ class Connection:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise Disconnected(error.strerror) from None
+            raise self._lost(error, [buffer]) from None
 
     def _spin(self, buffer: memoryview) -> int | None:
         end = time.perf_counter() + self._spinner.seconds
@@ -288,16 +291,22 @@ class Connection:
     async def _send(self, buffers: list[Buffer], namespace: Namespace | None = None) -> None:
         """All of `buffers`, in one call if the socket takes it; never between another's halves."""
         if self._sending.locked():
+            sound = _is_sound(namespace)
             await self._sending.acquire()
         else:
             buffers = self._send_now(buffers)
             if not buffers:
                 return
+            sound = _is_sound(namespace)
             self._sending.acquire_nowait()
         blocked_since = trio.current_time()
         try:
-            while buffers := self._send_now(buffers):
-                await self._wait_writable(namespace, blocked_since)
+            while buffers:
+                if sound and not _is_sound(namespace):  # zeroes may stand where its bytes were
+                    raise Disconnected("its namespace has failed under a reply")
+                buffers = self._send_now(buffers)
+                if buffers:
+                    await self._wait_writable(namespace, blocked_since)
         finally:
             if buffers:
                 self._break()
@@ -313,7 +322,7 @@ class Connection:
                 break
             except OSError as error:
                 self._break()  # perhaps in the middle of a reply
-                raise Disconnected(error.strerror) from None
+                raise self._lost(error, buffers[first:]) from None
             while first < len(buffers) and sent >= len(buffers[first]):
                 sent -= len(buffers[first])
                 first += 1
@@ -333,9 +342,22 @@ class Connection:
                 if trio.current_time() - since >= LEASE_PATIENCE_SECONDS:
                     raise Disconnected("reads too slowly, and others wait for the memory it holds")
 
+    def _lost(self, error: OSError, buffers: Iterable[Buffer]) -> Disconnected:
+        """A socket that fails; EFAULT is the media's failure, under one of the buffers."""
+        namespace = self._namespace
+        if error.errno != errno.EFAULT or namespace is None:
+            return Disconnected(error.strerror)
+        if namespace.examine(memoryview(buffer) for buffer in buffers):
+            return Disconnected(f"its namespace has failed: {namespace.failure()}")
+        return Disconnected(error.strerror)
+
     def _break(self) -> None:
         """A reply was cut off: nothing may follow it, whoever waits to send."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the peer was faster
+
+
+def _is_sound(namespace: Namespace | None) -> bool:
+    return namespace is not None and namespace.health.fault is None
