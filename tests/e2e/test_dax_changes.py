@@ -333,7 +333,7 @@ def test_opens_of_a_mount_that_was_ended_from_outside_keep_nobody_out() -> None:
         connection = os.minor(file.stat().st_dev)
         with fuse_control() as control:
             (control / str(connection) / "abort").write_text("1")
-        wait_for(lambda: "unmounted from outside" in daemon.log)
+        wait_for(lambda: "no files any more" in daemon.log)
         with pytest.raises(PmblkError, match=f"process {one.pid} maps them"):
             daemon.switch("data", "page-cache")
         assert_coherent(one, daemon, 0)
