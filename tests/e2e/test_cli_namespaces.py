@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.nbd_raw import connected
 from tests.harness.command_line import SECONDS, answer, ask, complaint
 from tests.harness.daemon import Daemon, running
+from tests.harness.nbd_raw import connected
 
 pytestmark = pytest.mark.e2e
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from pmblkd.compare import fio
-from tests.e2e.conftest import assert_no_complaints, program
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import attached, guarded
+from tests.harness.programs import assert_no_complaints, program
 
 pytestmark = pytest.mark.e2e
 

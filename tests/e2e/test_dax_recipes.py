@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints, program
 from tests.harness.daemon import PMBLK, Daemon, running
 from tests.harness.file_systems import attached, drop_loop, guarded
+from tests.harness.programs import assert_no_complaints, program
 
 pytestmark = pytest.mark.e2e
 

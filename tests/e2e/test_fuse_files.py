@@ -22,10 +22,10 @@ import nbd
 import pytest
 
 from pmblkd.compare import fio
-from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.e2e.fuse_ways import WAYS, Way
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded, run
+from tests.harness.programs import assert_no_complaints, wait_for
 
 pytestmark = pytest.mark.e2e
 

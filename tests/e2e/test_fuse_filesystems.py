@@ -19,10 +19,9 @@ import nbd
 import pytest
 
 from pmblkd.compare import fio
-from tests.e2e import fsync_writer
-from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.e2e.fuse_ways import WAYS
 from tests.e2e.test_fuse_files import opened
+from tests.harness import fsync_writer
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
     TREE,
@@ -38,6 +37,7 @@ from tests.harness.file_systems import (
     mounted,
     run,
 )
+from tests.harness.programs import assert_no_complaints, wait_for
 
 pytestmark = pytest.mark.e2e
 

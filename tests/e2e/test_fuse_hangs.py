@@ -23,11 +23,11 @@ from typing import Any
 import pytest
 
 from pmblkd import loop, mounts
-from tests.e2e import fsync_writer
-from tests.e2e.conftest import wait_for
+from tests.harness import fsync_writer
 from tests.harness.command_line import pmblk
 from tests.harness.daemon import PMBLK, Daemon, scratch
 from tests.harness.file_systems import ProgramError, attached, check, drop_loop, guarded, make, run
+from tests.harness.programs import wait_for
 
 pytestmark = pytest.mark.e2e
 

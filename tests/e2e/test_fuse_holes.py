@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints, program
 from tests.e2e.test_fuse_files import opened, refused
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import guarded
+from tests.harness.programs import assert_no_complaints, program
 
 pytestmark = pytest.mark.e2e
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pmblkd import connections, mounts
-from tests.e2e.conftest import wait_for
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import drop_loop, guarded, make, mounted, run
+from tests.harness.programs import wait_for
 
 pytestmark = pytest.mark.e2e
 

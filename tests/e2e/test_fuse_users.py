@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pmblkd import mounts
-from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.harness.daemon import PMBLK, Daemon, running, scratch
 from tests.harness.file_systems import ProgramError, guarded, run
+from tests.harness.programs import assert_no_complaints, wait_for
 
 pytestmark = pytest.mark.e2e
 

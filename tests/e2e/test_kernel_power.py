@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import wait_for
 from tests.harness.cases import Outcome, outcome, program
 from tests.harness.daemon import scratch
+from tests.harness.programs import wait_for
 from tests.harness.uml import Guest
 from tests.uml import writers
 

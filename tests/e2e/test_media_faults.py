@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import nbd_raw as raw
-from tests.e2e.conftest import wait_for
+from tests.harness import nbd_raw as raw
 from tests.harness.command_line import answer, ask
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded
+from tests.harness.programs import wait_for
 
 pytestmark = pytest.mark.e2e
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import nbd_raw as raw
-from tests.e2e.conftest import assert_no_complaints, program
+from tests.harness import nbd_raw as raw
 from tests.harness.daemon import Daemon, scratch
+from tests.harness.programs import assert_no_complaints, program
 
 pytestmark = pytest.mark.e2e
 

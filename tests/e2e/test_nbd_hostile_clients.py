@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import nbd_raw as raw
-from tests.e2e.conftest import assert_no_complaints
+from tests.harness import nbd_raw as raw
 from tests.harness.daemon import Daemon, running
+from tests.harness.programs import assert_no_complaints
 
 pytestmark = pytest.mark.e2e
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pmblkd import mounts
-from tests.e2e.conftest import assert_no_complaints, program
 from tests.harness.daemon import Daemon, running, scratch
+from tests.harness.programs import assert_no_complaints, program
 
 pytestmark = pytest.mark.e2e
 

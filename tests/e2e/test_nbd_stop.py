@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import nbd_raw as raw
+from tests.harness import nbd_raw as raw
 from tests.harness.daemon import Daemon, running
 
 pytestmark = pytest.mark.e2e
@@ -90,7 +90,7 @@ def test_requests_that_had_arrived_are_answered(daemon: Daemon) -> None:
 _BUSY = """
 import sys, threading
 from pathlib import Path
-from tests.e2e import nbd_raw as raw
+from tests.harness import nbd_raw as raw
 client = raw.Client(Path(sys.argv[1])).go("extent")
 requests = b"".join(raw.request(raw.WRITE, i * 4096, 4096) + bytes(4096) for i in range(64))
 threading.Thread(target=client.drain, daemon=True).start()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import program
+from tests.harness.programs import program
 
 pytestmark = pytest.mark.e2e
 

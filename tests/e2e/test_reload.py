@@ -12,10 +12,10 @@ import pytest
 from pmblk import PmblkError
 from pmblk.media import open_media
 from pmblkd.reports import ReloadReport
-from tests.e2e.conftest import assert_no_complaints, program, wait_for
-from tests.e2e.nbd_raw import ERR_UNKNOWN, FUA, INFO, LIST, REP_ACK, Client, connected, string
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import attached, make, mounted
+from tests.harness.nbd_raw import ERR_UNKNOWN, FUA, INFO, LIST, REP_ACK, Client, connected, string
+from tests.harness.programs import assert_no_complaints, program, wait_for
 
 pytestmark = pytest.mark.e2e
 

@@ -18,8 +18,6 @@ from pmblk import PmblkError
 from pmblkd.compare import fio
 from pmblkd.errors import WorkFailed
 from pmblkd.reports import SwitchReport
-from tests.e2e.conftest import assert_no_complaints, wait_for
-from tests.e2e.nbd_raw import FUA, connected
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
     TREE,
@@ -32,6 +30,8 @@ from tests.harness.file_systems import (
     make,
     mounted,
 )
+from tests.harness.nbd_raw import FUA, connected
+from tests.harness.programs import assert_no_complaints, wait_for
 
 pytestmark = pytest.mark.e2e
 

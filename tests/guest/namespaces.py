@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import program
 from tests.harness import qemu
 from tests.harness.daemon import Daemon
+from tests.harness.programs import program
 
 MIB = 1 << 20
 

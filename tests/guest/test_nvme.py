@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints
 from tests.guest.namespaces import MIB, allocated, copy_over_nbd, disk
 from tests.harness import qemu
 from tests.harness.daemon import Daemon, running, scratch
 from tests.harness.file_systems import make, run
+from tests.harness.programs import assert_no_complaints
 
 pytestmark = pytest.mark.guest
 

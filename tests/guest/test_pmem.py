@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints
 from tests.guest.namespaces import MIB, copy_over_nbd, dax_file, disk
 from tests.harness import qemu
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import run
+from tests.harness.programs import assert_no_complaints
 
 pytestmark = pytest.mark.guest
 

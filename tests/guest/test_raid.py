@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import assert_no_complaints
 from tests.guest.namespaces import MIB, copy_over_nbd, dax_file, disk
 from tests.harness import qemu
 from tests.harness.daemon import running
+from tests.harness.programs import assert_no_complaints
 
 pytestmark = pytest.mark.guest
 

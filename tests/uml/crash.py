@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from pmblkd import attach
-from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.harness.cases import kernel_complaints, perform
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import check, make, run
+from tests.harness.programs import assert_no_complaints, wait_for
 from tests.uml import writers
 from tests.uml.devices import attached, await_gone, connect, disconnect, report, take_over
 

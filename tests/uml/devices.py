@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pmblkd import attach, control
 from pmblkd.reports import NamespaceReport
-from tests.e2e.conftest import wait_for
-from tests.e2e.nbd_raw import GO, REP_ACK, Client, string
 from tests.harness import nbd_netlink
 from tests.harness.daemon import Daemon
 from tests.harness.file_systems import drop_loop, run
+from tests.harness.nbd_raw import GO, REP_ACK, Client, string
+from tests.harness.programs import wait_for
 
 INFO_BLOCK_SIZE = 3
 

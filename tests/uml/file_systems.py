@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pmblk.representations import KINDS
 from pmblkd.compare import fio
-from tests.e2e.conftest import assert_no_complaints, wait_for
 from tests.harness import nbd_netlink, uml
 from tests.harness.cases import perform
 from tests.harness.daemon import PMBLK, Daemon, running
@@ -29,6 +28,7 @@ from tests.harness.file_systems import (
     mounted,
     run,
 )
+from tests.harness.programs import assert_no_complaints, wait_for
 from tests.uml.devices import (
     attached,
     await_gone,

@@ -1,6 +1,6 @@
 """Writers of fsynced files, each with its promises in a file, and the check of what they promise.
 
-For the guest. `tests.e2e.fsync_writer` is the program, and says what a promise is.
+For the guest. `tests.harness.fsync_writer` is the program, and says what a promise is.
 """
 
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e import fsync_writer
+from tests.harness import fsync_writer
 
 
 def start(directory: Path, seed: int, promises: Path) -> "subprocess.Popen[bytes]":

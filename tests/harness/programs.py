@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: programs with a time limit, and a log without complaints."""
+"""Programs with a time limit, waiting for what nothing tells of, and a log without complaints."""
 
 import os
 import signal
