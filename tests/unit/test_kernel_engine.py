@@ -16,6 +16,7 @@ import trio
 import trio.testing
 
 from pmblk import Namespace
+from pmblk.media.faults import BUS_MCEERR_AR, Fault
 from pmblkd.fuse.files import Files
 from pmblkd.fuse.kernel_engine import BATCH_REQUESTS, KernelEngine
 from pmblkd.spin import Spinner
@@ -192,6 +193,54 @@ async def test_a_reply_that_the_kernel_does_not_take_gives_its_memory_back(
         assert namespace.representation.leases == 0
         logged.expect("file operation failed")
         assert (await client.ask(message(Op.READ, NS, io(0, 4), unique=6)))[2] == b"data"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_reply_from_memory_that_its_file_has_lost_is_an_error_and_so_are_those_beside_it(
+    make_namespace: MakeNamespace, waits: bool
+) -> None:
+    namespace = make_namespace()
+    async with served(namespace) as (_, client):
+        for page in (0, 8):
+            await client.ask(message(Op.WRITE, NS, io(page * PAGE, PAGE, b"x" * PAGE), unique=2))
+        os.truncate(namespace.media.path, PAGE)
+        with contextlib.ExitStack() as stack:
+            if waits:
+                stack.enter_context(namespace._dispatcher.fences.around(0, namespace.size))
+            await client.send(message(Op.READ, NS, io(8 * PAGE, PAGE), unique=4))
+            await client.send(message(Op.READ, NS, io(0, PAGE), unique=6))
+            await trio.testing.wait_all_tasks_blocked()
+        assert sorted([await client.reply(), await client.reply()])[0] == (4, errno.EIO, b"")
+        assert (await client.ask(message(Op.READ, NS, io(0, 4), unique=8)))[1] == errno.EIO
+    assert "truncated" in namespace.failure()
+    assert namespace.representation.leases == 0
+
+
+async def test_when_media_fail_under_a_batch_none_of_its_replies_is_made_up(
+    make_namespace: MakeNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that finds out about a bad page puts zeroes there, and the next reply is of that."""
+    namespace = make_namespace()
+    size = namespace.media.file_bytes
+    refusals = [OSError(errno.EFAULT, os.strerror(errno.EFAULT))]
+    writev = os.writev
+
+    def refuse_once(fd: int, reply: Any) -> int:
+        if refusals:
+            namespace.health.fault = Fault(0, BUS_MCEERR_AR, size, size)
+            raise refusals.pop()
+        return writev(fd, reply)
+
+    async with served(namespace) as (engine, client):
+        await client.ask(message(Op.WRITE, NS, io(0, PAGE, b"x" * PAGE), unique=2))
+        monkeypatch.setattr(os, "writev", refuse_once)
+        read = message(Op.READ, NS, io(0, PAGE), unique=4), message(Op.READ, NS, io(0, 4), unique=6)
+        engine._handle([memoryview(one) for one in read])
+        assert [await client.reply(), await client.reply()] == [
+            (4, errno.EIO, b""),
+            (6, errno.EIO, b""),
+        ]
+    assert namespace.representation.leases == 0
 
 
 @pytest.mark.parametrize("waits", [False, True])

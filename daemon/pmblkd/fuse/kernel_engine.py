@@ -286,10 +286,26 @@ class KernelEngine:
             work.namespace.release((work.command,))
 
     def _answer(self, work: Work) -> None:
+        namespace, command = work.namespace, work.command
         try:
-            self._send(self._session.answer(work))
-        except Exception:
-            self._failed(work.unique)
+            if namespace.health.fault is not None and not command.status:  # under this batch
+                self._send(error_reply(work.unique, errno.EIO))
+            else:
+                self._send(self._session.answer(work))
+        except Exception as error:
+            if self._media_failed(error, work):
+                with contextlib.suppress(OSError):  # the kernel may have said so itself
+                    self._send(error_reply(work.unique, errno.EIO))
+            else:
+                self._failed(work.unique)
+
+    @staticmethod
+    def _media_failed(error: Exception, work: Work) -> bool:
+        """Whether the kernel cannot read what is sent (EFAULT), since the media have lost it."""
+        if not isinstance(error, OSError) or error.errno != errno.EFAULT:
+            return False
+        segments = work.command.segments or ()
+        return work.namespace.examine(one for one in segments if isinstance(one, memoryview))
 
     def _failed(self, *uniques: int) -> None:
         """A defect of ours is EIO, not the mount's end, even if nobody can be told."""
