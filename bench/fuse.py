@@ -20,7 +20,7 @@ from bench import benchmark, fuse_contenders, fuse_report
 from bench.benchmark import FIO_EXTRA_SECONDS, Benchmark
 from bench.fuse_contenders import Contender
 from bench.fuse_report import Cpus
-from bench.fuse_rows import FAST, FIRST_IO, IO_URING, NBDFUSE, QEMU, ROWS, Results, Row
+from bench.fuse_rows import FAST, FIRST_IO, IO_URING, NBDFUSE, QEMU, RAW, ROWS, Results, Row
 from bench.samples import Sample
 from bench.servers import FILE_BYTES
 from pmblk import PmblkError
@@ -97,8 +97,10 @@ def _all_up(rows: Sequence[Row], cpus: Cpus) -> Iterator[Mapping[str, Contender]
     with contextlib.ExitStack() as stack:
         up = {
             name: stack.enter_context(fuse_contenders.running(name, cpu=cpus.server))
-            for name in names
+            for name in dict.fromkeys([FAST, *names])
+            if name != RAW
         }
+        up[RAW] = fuse_contenders.raw(up[FAST])
         for contender in up.values():
             _fill(contender, cpus)
         yield up

@@ -1,5 +1,7 @@
 """Who serves a FUSE file, each on a tmpfs file of its own; all gone when its block ends.
 
+*tmpfs*, which they are measured against, is the file below *fast*.
+
 Not here: the load (fuse.py) and the arithmetic (samples.py).
 """
 
@@ -83,17 +85,22 @@ class Contender(servers.Server):
 @contextlib.contextmanager
 def running(name: str, *, cpu: int) -> Iterator[Contender]:
     """The contender of that name, ready for clients; its processes stay on that CPU."""
-    start = {RAW: _raw, QEMU: _qemu, NBDFUSE: _nbdfuse}.get(name) or functools.partial(_ours, name)
+    start = {QEMU: _qemu, NBDFUSE: _nbdfuse}.get(name) or functools.partial(_ours, name)
     with scratch() as directory:
         allocate(directory / "media")
         with start(directory, ("taskset", "--cpu-list", str(cpu))) as contender:
             yield contender
 
 
-@contextlib.contextmanager
-def _raw(directory: Path, _pinned: Sequence[str]) -> Iterator[Contender]:
-    file = directory / "media"
-    yield Contender(
+def raw(fast: Contender) -> Contender:
+    """The media of `fast` themselves, past its mount and its daemon.
+
+    Not a file of its own: two files in memory differ by a third or more at large I/O, by where
+    their pages lie.
+    """
+    assert fast.daemon is not None
+    file = fast.daemon.directory / "media"
+    return Contender(
         name=RAW,
         pids=[],
         is_running=lambda: True,

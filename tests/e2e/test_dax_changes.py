@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pmblk import PmblkError
+from tests.e2e.fuse_files import client, counters_of, opened, refused
 from tests.e2e.mapping_client import Client, client_of
-from tests.e2e.test_fuse_files import client, counters_of, opened, refused
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import guarded, run
 from tests.harness.programs import assert_no_complaints, wait_for

@@ -21,8 +21,8 @@ from nbd import Error as NbdError
 
 from pmblk.media.durability import MAP_SHARED_VALIDATE, MAP_SYNC
 from pmblkd.compare import fio
+from tests.e2e.fuse_files import client, counters_of, opened, refused
 from tests.e2e.mapping_client import Client, client_of
-from tests.e2e.test_fuse_files import client, counters_of, opened, refused
 from tests.harness.daemon import Daemon, running, scratch
 from tests.harness.file_systems import guarded, mounted, run
 from tests.harness.programs import assert_no_complaints, program

@@ -15,14 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import nbd
 import pytest
 
 from pmblkd.compare import fio
-from tests.e2e.fuse_ways import WAYS, Way
+from tests.e2e.fuse_files import WAYS, Way, client, counters_of, opened, refused
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import guarded, run
 from tests.harness.programs import assert_no_complaints, wait_for
@@ -88,32 +85,6 @@ def mnt(daemon: Daemon) -> Path:
 def only(*names: str) -> pytest.MarkDecorator:
     """For a test of those ways alone."""
     return pytest.mark.parametrize("way", names, indirect=True)
-
-
-@contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def client(daemon: Daemon, name: str) -> Iterator[Any]:
-    handle = nbd.NBD()
-    handle.connect_uri(daemon.uri(name))
-    try:
-        yield handle
-    finally:
-        handle.shutdown()
-
-
-@contextlib.contextmanager
-def refused(*codes: int) -> Iterator[None]:
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the errno is checked below
-        yield
-    assert caught.value.errno in codes, caught.value
 
 
 # ---- what stat, ls and df show
@@ -240,10 +211,6 @@ def test_an_fsync_is_a_flush(daemon: Daemon, mnt: Path) -> None:
     with opened(mnt / "data") as fd:
         os.fsync(fd)
     assert counters(daemon)["flushes"] == before + 1
-
-
-def counters_of(daemon: Daemon, name: str) -> dict[str, int]:
-    return dict(msgspec.to_builtins(daemon.stats(name).namespace_counters))
 
 
 def counters(daemon: Daemon) -> dict[str, int]:

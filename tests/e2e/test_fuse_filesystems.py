@@ -1,6 +1,6 @@
 """ext4, xfs and btrfs over a loop device on a FUSE file: a whole life, and a daemon killed amid it.
 
-On both engines and each way that the bytes of the file can go (`tests.e2e.fuse_ways`). Only the
+On both engines and each way that the bytes of the file can go (`tests.e2e.fuse_files`). Only the
 kernel engine discards: with `punch` memory is given back, without it is zeroed and kept.
 
 Where a check has a seed, the test's output shows it.
@@ -15,12 +15,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbd
 import pytest
 
 from pmblkd.compare import fio
-from tests.e2e.fuse_ways import WAYS
-from tests.e2e.test_fuse_files import opened
+from tests.e2e.fuse_files import WAYS, client, opened
 from tests.harness import fsync_writer
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
@@ -222,16 +220,8 @@ def test_what_is_discarded_reads_as_zeroes_and_what_is_zeroed_has_memory(
         ) + bytes(12 * MIB)
         with opened(device) as fd:
             assert os.pread(fd, 20 * MIB, 0) == expected
-        assert read_over_nbd(daemon, 20 * MIB) == expected
-
-
-def read_over_nbd(daemon: Daemon, length: int) -> bytes:
-    handle = nbd.NBD()
-    handle.connect_uri(daemon.uri("data"))
-    try:
-        return bytes(handle.pread(length, 0))
-    finally:
-        handle.shutdown()
+        with client(daemon, "data") as handle:
+            assert bytes(handle.pread(20 * MIB, 0)) == expected
 
 
 def test_a_detached_loop_device_is_gone() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_fuse_files import opened, refused
+from tests.e2e.fuse_files import opened, refused
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import guarded
 from tests.harness.programs import assert_no_complaints, program

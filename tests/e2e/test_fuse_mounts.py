@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pmblkd import connections, mounts
-from tests.e2e.test_fuse_files import opened, refused
+from tests.e2e.fuse_files import opened, refused
 from tests.harness.command_line import complaint, pmblk
 from tests.harness.daemon import PMBLK, Daemon, running, scratch
 from tests.harness.file_systems import guarded, run
