@@ -26,6 +26,20 @@ def on_mount(minor: int, file: str) -> MappedAs:
     return MappedAs(f"00:{minor:02x}", file)
 
 
+def who_maps_media(
+    path: Path, status: os.stat_result, *, is_open: bool | None, mapped_as: MappedAs | None
+) -> list[int]:
+    """The processes whose stores may go to the media, by whichever file they map them.
+
+    `is_open`: whether others have the media open or mapped, as far as it can be told. `mapped_as`
+    is their file on a mount, if there is one. Whoever maps that has pages of the mount, and not of
+    the media, unless the media are open too.
+    """
+    if is_open is False:
+        return []
+    return processes_that_map(path, status, also=() if mapped_as is None else (mapped_as,))
+
+
 def processes_that_map(
     path: Path, status: os.stat_result, *, also: Collection[MappedAs] = ()
 ) -> list[int]:

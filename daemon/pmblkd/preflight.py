@@ -17,7 +17,7 @@ from pmblkd import leftovers, loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
-from pmblkd.mappers import on_mount, processes_that_map
+from pmblkd.mappers import on_mount, who_maps_media
 
 
 def check(file: Path, config: Config) -> None:
@@ -147,11 +147,13 @@ def _check_mappers(
     """
     if not KINDS[namespace.representation_kind].keeps_copies or not namespace.file.exists():
         return
-    if _is_open(namespace.file) is False:
-        return  # who maps its file on a mount that is left has pages of the mount
     mount = None if fuse is None else mounts.find(Path(fuse.mountpoint))
-    also = () if mount is None else (on_mount(mount.minor, namespace.name),)
-    pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
+    pids = who_maps_media(
+        namespace.file,
+        namespace.file.stat(),
+        is_open=_is_open(namespace.file),
+        mapped_as=None if mount is None else on_mount(mount.minor, namespace.name),
+    )
     if pids:
         raise ConfigError(
             file,

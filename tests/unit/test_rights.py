@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import mounts, preflight
+from pmblkd import mappers, mounts, preflight
 from pmblkd.config import Config, ControlConfig, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.mappers import MappedAs
@@ -111,7 +111,7 @@ def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_l
         asked.append((path, also))
         return [4321]
 
-    monkeypatch.setattr(preflight, "processes_that_map", find)
+    monkeypatch.setattr(mappers, "processes_that_map", find)
     copies = config(directory, kind="page-cache")
     preflight.check(FILE, copies)
     assert not asked, "nobody has the media open"

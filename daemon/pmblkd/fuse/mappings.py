@@ -15,7 +15,7 @@ import trio
 
 from pmblk import PmblkError
 from pmblk.representations import KINDS
-from pmblkd.mappers import processes_that_map
+from pmblkd.mappers import who_maps_media
 from pmblkd.registry import Served
 
 SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
@@ -44,7 +44,7 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
             f"{served.name}: {problem} {served.dax_opens} open files may map them", hint=_HINT
         )
     # In a thread: the maps of a process that is busy with its memory can take their time.
-    pids = await trio.to_thread.run_sync(_processes_that_map, served)
+    pids = await trio.to_thread.run_sync(_who_maps, served)
     if pids:
         raise PmblkError(
             f"{served.name}: {problem} process {pids[0]} maps them",
@@ -66,10 +66,7 @@ def _is_open_elsewhere(served: Served) -> bool:
     return False
 
 
-def _processes_that_map(served: Served) -> list[int]:
-    """Also those that map the file itself, and not ours: their stores go to the media too."""
+def _who_maps(served: Served) -> list[int]:
     media = served.namespace.media
-    if media.is_open_elsewhere() is False:
-        return []  # who maps its file on the mount has pages of the mount, and not of the media
-    also = () if served.mapped_as is None else (served.mapped_as,)
-    return processes_that_map(media.path, media.status(), also=also)
+    is_open = media.is_open_elsewhere()
+    return who_maps_media(media.path, media.status(), is_open=is_open, mapped_as=served.mapped_as)
