@@ -8,10 +8,13 @@ what else the file is known as.
 
 import contextlib
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
+
+SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
 
 
 class MappedAs(msgspec.Struct, frozen=True):
@@ -38,6 +41,16 @@ def who_maps_media(
     if is_open is False:
         return []
     return processes_that_map(path, status, also=() if mapped_as is None else (mapped_as,))
+
+
+def stays_open(is_open_elsewhere: Callable[[], bool | None]) -> bool:
+    """Whether others have a file open or mapped, and go on to; False if it cannot be told."""
+    end = time.monotonic() + SETTLE_SECONDS
+    while is_open_elsewhere():
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def processes_that_map(

@@ -98,6 +98,18 @@ def test_media_that_a_process_maps_are_not_described_by_copies(directory: Path) 
     preflight.check(FILE, copies)
 
 
+def test_media_that_somebody_has_open_are_not_described_by_copies(directory: Path) -> None:
+    """Nobody is named by /proc: a client, say, whose mount is gone with its daemon."""
+    path = directory / "a.img"
+    path.write_bytes(bytes(1 << 20))
+    copies = config(directory, kind="page-cache")
+    with path.open("rb"):
+        with pytest.raises(ConfigError, match=rf"others have {path} open or mapped.*detach --all"):
+            preflight.check(FILE, copies)
+        preflight.check(FILE, config(directory))
+    preflight.check(FILE, copies)
+
+
 def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_left(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

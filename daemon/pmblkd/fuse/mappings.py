@@ -8,17 +8,14 @@ count of those who have the media open knows.
 """
 
 import contextlib
-import time
 from collections.abc import AsyncIterator
 
 import trio
 
 from pmblk import PmblkError
 from pmblk.representations import KINDS
-from pmblkd.mappers import who_maps_media
+from pmblkd.mappers import stays_open, who_maps_media
 from pmblkd.registry import Served
-
-SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
 
 _HINT = 'close it, set dax = "off" for the namespace, and open it again'
 
@@ -50,20 +47,11 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
             f"{served.name}: {problem} process {pids[0]} maps them",
             hint=f"end it (of {len(pids)}), or have it unmap the file",
         )
-    if await trio.to_thread.run_sync(_is_open_elsewhere, served):
+    if await trio.to_thread.run_sync(stays_open, served.namespace.media.is_open_elsewhere):
         raise PmblkError(
             f"{served.name}: {problem} others have its file open or mapped",
             hint="clients of a daemon that was killed, perhaps; end them",
         )
-
-
-def _is_open_elsewhere(served: Served) -> bool:
-    end = time.monotonic() + SETTLE_SECONDS
-    while served.namespace.media.is_open_elsewhere():
-        if time.monotonic() > end:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def _who_maps(served: Served) -> list[int]:
