@@ -9,14 +9,13 @@ from pathlib import Path
 import msgspec
 import trio
 
-from pmblk import Namespace, PmblkError, description, saving, switching
+from pmblk import Namespace, PmblkError, description, saving
 from pmblk.media.target import Target, open_target
 from pmblk.pages import PAGE_BYTES, span
-from pmblkd import loop, report_of
+from pmblkd import loop, report_of, switches
 from pmblkd.config import parse_representation
 from pmblkd.control import Handler
 from pmblkd.errors import RepresentationError, WorkFailed
-from pmblkd.fuse import mappings
 from pmblkd.nbd.wire import PAYLOAD_BYTES_MAX
 from pmblkd.questions import NamespaceQuestion, RangeQuestion, SaveQuestion, SwitchQuestion
 from pmblkd.registry import Registry
@@ -68,14 +67,11 @@ class Answers:
             place = f"{question.kind}.{error.option}: " if error.option else ""
             raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
         served = self._registry.named(question.name)
-        with served.used() as namespace:
-            before = report_of.representation(namespace.representation)
+        with served.used():
             try:
-                async with mappings.kept_out(served, question.kind):
-                    switched = await switching.switch(namespace, question.kind, options)
+                return await switches.switch(served, question.kind, options)
             except PmblkError as error:
                 raise WorkFailed(error.message, hint=error.hint) from error
-            return report_of.switch(namespace, before, switched)
 
     async def _describe(self, question: RangeQuestion) -> DescriptionReport:
         namespace = self._find(question.name)

@@ -18,7 +18,9 @@ from pmblkd import loop, mounts
 from pmblkd.errors import WorkFailed
 from pmblkd.mounts import Health
 
-ATTRIBUTES_SECONDS = 1.1  # the kernel keeps what it knows of a file for 1 s
+# Then the kernel has to ask about a file again: more than ATTRIBUTE_SECONDS of `pmblkd.fuse.files`,
+# which lies above this.
+FORGET_SECONDS = 1.1
 
 _log = structlog.get_logger(__name__)
 
@@ -67,7 +69,7 @@ def is_dead(device: Path, mountpoint: Path) -> bool:
     mount = mounts.find(mountpoint)
     if mount is not None and number == f"0:{mount.minor}":
         return mounts.health(mount) is Health.DEAD
-    time.sleep(ATTRIBUTES_SECONDS)  # a mount that we cannot ask: its daemon may just have died
+    time.sleep(FORGET_SECONDS)  # a mount that we cannot ask: its daemon may just have died
     return not loop.file_system_of(device)
 
 

@@ -8,10 +8,13 @@ what else the file is known as.
 
 import contextlib
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
+
+SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
 
 
 class MappedAs(msgspec.Struct, frozen=True):
@@ -24,6 +27,30 @@ class MappedAs(msgspec.Struct, frozen=True):
 def on_mount(minor: int, file: str) -> MappedAs:
     """A file of a mount without a block device, whose device number has major 0."""
     return MappedAs(f"00:{minor:02x}", file)
+
+
+def who_maps_media(
+    path: Path, status: os.stat_result, *, is_open: bool | None, mapped_as: MappedAs | None
+) -> list[int]:
+    """The processes whose stores may go to the media, by whichever file they map them.
+
+    `is_open`: whether others have the media open or mapped, as far as it can be told. `mapped_as`
+    is their file on a mount, if there is one. Whoever maps that has pages of the mount, and not of
+    the media, unless the media are open too.
+    """
+    if is_open is False:
+        return []
+    return processes_that_map(path, status, also=() if mapped_as is None else (mapped_as,))
+
+
+def stays_open(is_open_elsewhere: Callable[[], bool | None]) -> bool:
+    """Whether others have a file open or mapped, and go on to; False if it cannot be told."""
+    end = time.monotonic() + SETTLE_SECONDS
+    while is_open_elsewhere():
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def processes_that_map(

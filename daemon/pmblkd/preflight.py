@@ -7,6 +7,7 @@ is a ConfigError at its key.
 
 import os
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from pmblk import PmblkError
@@ -17,7 +18,7 @@ from pmblkd import leftovers, loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
-from pmblkd.mappers import on_mount, processes_that_map
+from pmblkd.mappers import MappedAs, on_mount, stays_open, who_maps_media
 
 
 def check(file: Path, config: Config) -> None:
@@ -141,34 +142,38 @@ def _check_media(file: Path, place: str, namespace: NamespaceConfig) -> None:
 def _check_mappers(
     file: Path, place: str, namespace: NamespaceConfig, fuse: FuseConfig | None
 ) -> None:
-    """A client of a daemon that was killed may still store to the media themselves.
-
-    It mapped a file of that name on the mount that is still there.
-    """
-    if not KINDS[namespace.representation_kind].keeps_copies or not namespace.file.exists():
+    """A client of a daemon that was killed may still store to the media themselves."""
+    kind = namespace.representation_kind
+    if not KINDS[kind].keeps_copies or not namespace.file.exists():
         return
-    if _is_open(namespace.file) is False:
-        return  # who maps its file on a mount that is left has pages of the mount
     mount = None if fuse is None else mounts.find(Path(fuse.mountpoint))
-    also = () if mount is None else (on_mount(mount.minor, namespace.name),)
-    pids = processes_that_map(namespace.file, namespace.file.stat(), also=also)
-    if pids:
-        raise ConfigError(
-            file,
-            f"{place}.path",
-            f"process {pids[0]} maps {namespace.path}, and "
-            f"{namespace.representation_kind} keeps copies of it",
-            hint="end it first, or choose another representation",
-        )
+    # It mapped a file of that name on the mount that is still there.
+    mapped_as = None if mount is None else on_mount(mount.minor, namespace.name)
+    user = _user_of(namespace.file, mapped_as)
+    if user is not None:
+        who, hint = user
+        message = f"{who}, and {kind} keeps copies of it"
+        raise ConfigError(file, f"{place}.path", message, hint=hint)
 
 
-def _is_open(path: Path) -> bool | None:
-    """Whether anybody has the file open, or mapped; None if it cannot be told. Raises OSError."""
+def _user_of(path: Path, mapped_as: MappedAs | None) -> tuple[str, str] | None:
+    """Who may store to the file, and what to do about it. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return syscalls.is_open_elsewhere(fd)
+        is_open = syscalls.is_open_elsewhere(fd)
+        pids = who_maps_media(path, os.fstat(fd), is_open=is_open, mapped_as=mapped_as)
+        if pids:
+            hint = "end it first, or choose another representation"
+            return f"process {pids[0]} maps {path}", hint
+        # With the mount of a killed daemon the name is gone by which its clients could be known.
+        if stays_open(partial(syscalls.is_open_elsewhere, fd)):
+            hint = (
+                "what a killed daemon served, perhaps: end it, or pmblk detach --all --config FILE"
+            )
+            return f"others have {path} open or mapped", hint
     finally:
         os.close(fd)
+    return None
 
 
 def _check_writers(file: Path, config: Config, *, served: Collection[str] = ()) -> None:

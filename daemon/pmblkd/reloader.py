@@ -16,9 +16,8 @@ import structlog
 import trio
 
 from pmblk import PmblkError, switching
-from pmblkd import config, log, preflight, report_of
+from pmblkd import config, log, preflight, report_of, switches
 from pmblkd.config import Config, NamespaceConfig
-from pmblkd.fuse import mappings
 from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.passthrough import cut_excess
@@ -206,17 +205,12 @@ class Reloader:
         switched = []
         for one in namespaces:
             served = self._registry.named(one.name)
-            namespace = served.namespace
             options = config.representation_options(one)
-            before = report_of.representation(namespace.representation)
             try:
-                async with mappings.kept_out(served, one.representation_kind):
-                    done = await switching.switch(namespace, one.representation_kind, options)
+                switched.append(await switches.switch(served, one.representation_kind, options))
             except PmblkError as error:
                 key = f"namespace.{one.name}.representation"
                 refused.append(Refusal(key=key, reason=str(error)))
-                continue
-            switched.append(report_of.switch(namespace, before, done))
         return switched
 
     async def _add(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import attach, connections, mounts, programs, systemd
+from pmblkd import attach, connections, leftovers, mounts, programs, systemd
 from pmblkd.errors import WorkFailed
+from pmblkd.fuse.files import ATTRIBUTE_SECONDS
 from pmblkd.listen import TcpAddress, UnixAddress, bind, check_free
 from pmblkd.programs import NotEnded
 from tests.unit.reports import namespace_report
@@ -52,6 +53,10 @@ def test_mounts_are_found_by_their_exact_path() -> None:
     assert (found.path, found.file_system, found.source) == (Path("/proc"), "proc", "proc")
     assert os.minor(os.stat("/proc").st_dev) == found.minor
     assert mounts.find(Path("/proc/self")) is None
+
+
+def test_a_mount_is_not_taken_for_alive_by_what_the_kernel_remembers_of_it() -> None:
+    assert leftovers.FORGET_SECONDS > ATTRIBUTE_SECONDS
 
 
 def test_a_program_that_does_not_end_is_killed_and_said() -> None:

@@ -193,7 +193,7 @@ async def test_a_client_is_found_by_the_file_of_the_mount_that_it_maps(
         wanted.extend(also)
         return [4321]
 
-    monkeypatch.setattr("pmblkd.fuse.mappings.processes_that_map", find)
+    monkeypatch.setattr(mappers, "processes_that_map", find)
     with (
         served.namespace.media.path.open("rb"),  # as the mapping has it
         pytest.raises(PmblkError, match="process 4321 maps them"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import mounts, preflight
+from pmblkd import mappers, mounts, preflight
 from pmblkd.config import Config, ControlConfig, FuseConfig, NamespaceConfig
 from pmblkd.errors import ConfigError
 from pmblkd.mappers import MappedAs
@@ -98,6 +98,18 @@ def test_media_that_a_process_maps_are_not_described_by_copies(directory: Path) 
     preflight.check(FILE, copies)
 
 
+def test_media_that_somebody_has_open_are_not_described_by_copies(directory: Path) -> None:
+    """Nobody is named by /proc: a client, say, whose mount is gone with its daemon."""
+    path = directory / "a.img"
+    path.write_bytes(bytes(1 << 20))
+    copies = config(directory, kind="page-cache")
+    with path.open("rb"):
+        with pytest.raises(ConfigError, match=rf"others have {path} open or mapped.*detach --all"):
+            preflight.check(FILE, copies)
+        preflight.check(FILE, config(directory))
+    preflight.check(FILE, copies)
+
+
 def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_left(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +123,7 @@ def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_l
         asked.append((path, also))
         return [4321]
 
-    monkeypatch.setattr(preflight, "processes_that_map", find)
+    monkeypatch.setattr(mappers, "processes_that_map", find)
     copies = config(directory, kind="page-cache")
     preflight.check(FILE, copies)
     assert not asked, "nobody has the media open"

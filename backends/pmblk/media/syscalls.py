@@ -12,8 +12,10 @@ import signal
 import struct
 from pathlib import Path
 
+# linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
 MAP_NORESERVE = 0x4000  # the mmap module has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)

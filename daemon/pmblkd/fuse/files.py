@@ -22,6 +22,11 @@ import msgspec
 
 from pmblk import Command, Namespace
 from pmblk.media import ZEROES
+from pmblk.media.syscalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+)
 from pmblk.nvme.command import (
     ALLOCATE,
     FIRST_EXTENT,
@@ -38,12 +43,12 @@ from pmblkd.registry import Registry, Served
 from pmblkd.rights import Rights
 from pmblkd.statuses import errno_of
 
-ROOT_INODE = 1
+ROOT_INODE = 1  # FUSE_ROOT_ID
 
-# linux/falloc.h
-FALLOC_FL_KEEP_SIZE = 0x01
-FALLOC_FL_PUNCH_HOLE = 0x02
-FALLOC_FL_ZERO_RANGE = 0x10
+# Of the mount, whichever engine delivers it.
+BLOCK_BYTES = 4096
+NAME_BYTES_MAX = 64
+ATTRIBUTE_SECONDS = 1  # the kernel keeps so long what it was told of a file
 
 
 class Attributes(msgspec.Struct, frozen=True):
@@ -57,6 +62,14 @@ class Attributes(msgspec.Struct, frozen=True):
     uid: int
     gid: int
     links: int = 1
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """What statfs(2) shows: `blocks` and `free` of `BLOCK_BYTES`, `files` with the directory."""
+
+    blocks: int
+    free: int
+    files: int
 
 
 Work = tuple[Namespace, Command]
@@ -140,11 +153,13 @@ class Files:
         for inode in [one for one, opens in self._opens.items() for _ in range(opens)]:
             self.release(inode)
 
-    def total_bytes(self) -> tuple[int, int]:
-        """Size and allocated bytes of all namespaces together, for statfs(2)."""
+    def statistics(self) -> Statistics:
+        """Of all namespaces together; free is what their files have no memory for yet."""
         namespaces = [served.namespace for served in self._registry.live()]
+        size = sum(namespace.size for namespace in namespaces)
         allocated = sum(namespace.media.allocated_bytes() for namespace in namespaces)
-        return sum(namespace.size for namespace in namespaces), allocated
+        free = max(0, size - allocated)
+        return Statistics(size // BLOCK_BYTES, free // BLOCK_BYTES, len(namespaces) + 1)
 
     # ---- the data, as commands
 

@@ -8,17 +8,14 @@ count of those who have the media open knows.
 """
 
 import contextlib
-import time
 from collections.abc import AsyncIterator
 
 import trio
 
 from pmblk import PmblkError
 from pmblk.representations import KINDS
-from pmblkd.mappers import processes_that_map
+from pmblkd.mappers import stays_open, who_maps_media
 from pmblkd.registry import Served
-
-SETTLE_SECONDS = 0.5  # what a process closes as it ends is closed a little after we hear of it
 
 _HINT = 'close it, set dax = "off" for the namespace, and open it again'
 
@@ -44,32 +41,20 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
             f"{served.name}: {problem} {served.dax_opens} open files may map them", hint=_HINT
         )
     # In a thread: the maps of a process that is busy with its memory can take their time.
-    pids = await trio.to_thread.run_sync(_processes_that_map, served)
+    pids = await trio.to_thread.run_sync(_who_maps, served)
     if pids:
         raise PmblkError(
             f"{served.name}: {problem} process {pids[0]} maps them",
             hint=f"end it (of {len(pids)}), or have it unmap the file",
         )
-    if await trio.to_thread.run_sync(_is_open_elsewhere, served):
+    if await trio.to_thread.run_sync(stays_open, served.namespace.media.is_open_elsewhere):
         raise PmblkError(
             f"{served.name}: {problem} others have its file open or mapped",
             hint="clients of a daemon that was killed, perhaps; end them",
         )
 
 
-def _is_open_elsewhere(served: Served) -> bool:
-    end = time.monotonic() + SETTLE_SECONDS
-    while served.namespace.media.is_open_elsewhere():
-        if time.monotonic() > end:
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def _processes_that_map(served: Served) -> list[int]:
-    """Also those that map the file itself, and not ours: their stores go to the media too."""
+def _who_maps(served: Served) -> list[int]:
     media = served.namespace.media
-    if media.is_open_elsewhere() is False:
-        return []  # who maps its file on the mount has pages of the mount, and not of the media
-    also = () if served.mapped_as is None else (served.mapped_as,)
-    return processes_that_map(media.path, media.status(), also=also)
+    is_open = media.is_open_elsewhere()
+    return who_maps_media(media.path, media.status(), is_open=is_open, mapped_as=served.mapped_as)

@@ -19,13 +19,18 @@ import structlog
 
 from pmblk import PmblkError
 from pmblkd.fuse.dax import Way
-from pmblkd.fuse.files import ROOT_INODE, Attributes, Files, refuse
+from pmblkd.fuse.files import (
+    ATTRIBUTE_SECONDS,
+    BLOCK_BYTES,
+    NAME_BYTES_MAX,
+    ROOT_INODE,
+    Attributes,
+    Files,
+    refuse,
+)
 from pmblkd.registry import Served
 
 IO_BYTES_MAX = 1 << 20  # what libfuse negotiates for one request
-BLOCK_BYTES = 4096
-NAME_BYTES_MAX = 64
-ATTRIBUTE_SECONDS = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -158,12 +163,12 @@ class _Operations(pyfuse3.Operations):
         """close(2): nothing is kept back, so there is nothing to do."""
 
     async def statfs(self, _ctx: Any) -> pyfuse3.StatvfsData:
-        size, allocated = self._files.total_bytes()
+        shown = self._files.statistics()
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = BLOCK_BYTES
-        answer.f_blocks = size // BLOCK_BYTES
-        answer.f_bfree = answer.f_bavail = max(0, size - allocated) // BLOCK_BYTES
-        answer.f_files = len(list(self._files.entries())) + 1
+        answer.f_blocks = shown.blocks
+        answer.f_bfree = answer.f_bavail = shown.free
+        answer.f_files = shown.files
         answer.f_namemax = NAME_BYTES_MAX
         return answer
 

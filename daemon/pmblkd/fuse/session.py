@@ -20,8 +20,18 @@ from pmblk import Command, Namespace
 from pmblk.nvme.command import GET_LBA_STATUS, READ, WRITE, Hole
 from pmblkd.fuse import wire
 from pmblkd.fuse.dax import Way
-from pmblkd.fuse.files import Attributes, Files, found, refuse, zeroes
-from pmblkd.fuse.wire import ROOT_INODE, Init, Opcode, SetAttr
+from pmblkd.fuse.files import (
+    ATTRIBUTE_SECONDS,
+    BLOCK_BYTES,
+    NAME_BYTES_MAX,
+    ROOT_INODE,
+    Attributes,
+    Files,
+    found,
+    refuse,
+    zeroes,
+)
+from pmblkd.fuse.wire import Init, Opcode, SetAttr
 from pmblkd.registry import Served
 from pmblkd.statuses import errno_of
 
@@ -32,9 +42,6 @@ IO_BYTES_MAX = 1 << 20
 PAGES_MAX = IO_BYTES_MAX >> 12
 IOV_MAX = 1024
 BACKGROUND_MAX = 128  # asynchronous requests that the kernel keeps in flight
-BLOCK_BYTES = 4096
-NAME_BYTES_MAX = 64
-ATTRIBUTE_SECONDS = 1
 MESSAGE_BYTES_MAX = IO_BYTES_MAX + 4096  # what a read buffer must take
 
 _WANTED = (
@@ -240,10 +247,8 @@ class Session:
         return _reply(unique, entries)
 
     def _statfs(self, unique: int, _inode: int, _body: memoryview) -> Reply:
-        size, allocated = self._files.total_bytes()
-        free = max(0, size - allocated) // BLOCK_BYTES
-        files = len(list(self._files.entries())) + 1
-        blocks = (size // BLOCK_BYTES, free, free, files, 0)
+        shown = self._files.statistics()
+        blocks = (shown.blocks, shown.free, shown.free, shown.files, 0)
         answer = wire.STATFS_OUT.pack(*blocks, BLOCK_BYTES, NAME_BYTES_MAX, BLOCK_BYTES, 0)
         return _reply(unique, answer)
 

@@ -11,8 +11,6 @@ import struct
 MAJOR, MINOR = 7, 45
 MINOR_MIN = 31
 
-ROOT_INODE = 1  # FUSE_ROOT_ID
-
 
 class Opcode(enum.IntEnum):
     LOOKUP = 1
