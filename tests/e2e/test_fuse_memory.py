@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import wait_for
 from tests.harness.command_line import pmblk
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import drop_loop, guarded, make, mounted, run
