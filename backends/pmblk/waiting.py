@@ -123,16 +123,17 @@ class Completer:
         self._finished_slowly(command)
 
     async def _preallocate_slowly(self, command: Command) -> None:
-        """A fence keeps discards out, or what is reserved could be gone before it is marked."""
+        """Slice by slice, each in one turn: whoever else wants the range has it in between.
+
+        A slice waits for a discard of it, or what is reserved could be gone before it is marked.
+        """
         dispatcher = self._dispatcher
         try:
-            with dispatcher.fences.around(command.offset, command.length):
-                for offset, length in slices(
-                    command.offset, command.length, slice_bytes=INLINE_BYTES
-                ):
-                    dispatcher.media.reserve(offset, length)
-                    dispatcher.media.check()
-                    await trio.lowlevel.checkpoint()
+            for offset, length in slices(command.offset, command.length, slice_bytes=INLINE_BYTES):
+                await dispatcher.fences.lifted(offset, length)
+                dispatcher.media.reserve(offset, length)
+                dispatcher.media.check()
+                await trio.lowlevel.checkpoint()
         except OSError as error:
             dispatcher.fail_with(command, error)
             return

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
+from msgspec.structs import replace
 
 from pmblk.media.reserve import FILE_UNIT_BYTES, reserve_bytes
 from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
 from pmblk.units import parse_size
 from pmblkd.errors import ConfigError, RepresentationError, did_you_mean
+from pmblkd.links import without_links
 from pmblkd.listen import Address, UnixAddress, parse_address
 from pmblkd.overrides import apply_override
 
@@ -111,7 +113,7 @@ class FuseConfig(_Table, frozen=True):
     mode: str = "0600"
     options: list[str] = []
     punch: bool = False
-    request_timeout_seconds: int = 60
+    request_timeout_seconds: int = 0
 
     @property
     def mode_bits(self) -> int:
@@ -183,7 +185,10 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Config:
     except msgspec.ValidationError as error:
         raise _explain(file, raw, str(error)) from None
     _check(file, config)
-    return config
+    if config.fuse is None:
+        return config
+    place = str(without_links(Path(config.fuse.mountpoint)))
+    return replace(config, fuse=replace(config.fuse, mountpoint=place))
 
 
 # ---- msgspec's words into ours

@@ -65,19 +65,26 @@ def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) ->
                 f"{namespace.path} already belongs to {owner}",
                 hint="give each namespace a file of its own",
             )
-        _check_media(file, place, namespace)
-        _check_mappers(file, place, namespace, config.fuse)
-        if config.fuse is not None and _is_served_by_us(namespace.file, config.fuse.mountpoint):
+        if config.fuse is not None and _is_served_by_us(
+            namespace.file, Path(config.fuse.mountpoint)
+        ):
             raise ConfigError(
                 file,
                 f"{place}.path",
                 f"{namespace.path} lies on a file system of this very daemon",
                 hint="it could never be stopped; put the file elsewhere",
             )
+        _check_media(file, place, namespace)
+        _check_mappers(file, place, namespace, config.fuse)
 
 
-def _is_served_by_us(path: Path, mountpoint: str) -> bool:
-    return loop.is_on(path.parent.stat().st_dev, Path(mountpoint))
+def _is_served_by_us(path: Path, mountpoint: Path) -> bool:
+    """On our own mount, or on a loop device of a file there."""
+    device = path.parent.stat().st_dev
+    mount = mounts.find(mountpoint)
+    if mount is not None and (os.major(device), os.minor(device)) == (0, mount.minor):
+        return True
+    return loop.is_on(device, mountpoint)
 
 
 def _check_sockets(file: Path, config: Config, listening: Collection[Address]) -> None:

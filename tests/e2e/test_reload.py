@@ -115,6 +115,17 @@ def test_media_on_a_device_of_the_daemon_s_own_are_refused(daemon: Daemon) -> No
             assert names(daemon) == ["one", "two"]
 
 
+def test_media_on_the_daemon_s_own_mount_are_refused(daemon: Daemon) -> None:
+    """Their first I/O would have the daemon wait for itself."""
+    inside = TWO.replace("two", "inside").replace("{dir}/inside.img", "{dir}/mnt/one")
+    inside = inside.replace('size = "2MiB"\n', "")
+    daemon.config.write_text((ONE + TWO + inside + REST).replace("{dir}", str(daemon.directory)))
+    done = reload(daemon)
+    assert done.returncode == 2
+    assert "lies on a file system of this very daemon" in done.stderr
+    assert names(daemon) == ["one", "two"]
+
+
 # ---- namespaces that come and go
 
 

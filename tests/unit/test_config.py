@@ -176,7 +176,7 @@ def test_a_mount_is_ours_alone_and_its_files_may_be_mapped_unless_it_says_otherw
         mode="0600",
         options=[],
         punch=False,
-        request_timeout_seconds=60,
+        request_timeout_seconds=0,
     )
     assert config.fuse.mode_bits == 0o600
     assert config.namespace[0].dax == "auto"

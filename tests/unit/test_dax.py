@@ -1,5 +1,6 @@
 """Which way the bytes of an open file go, and how to the kernel it is said."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def test_what_is_beside_the_media_is_never_mapped(make_namespace: MakeNamespace,
     way, reason = choose(dax, make_namespace(kind="page-cache"))
     assert way is Way.DAEMON
     assert dax == "off" or reason == "page-cache keeps copies of the media"
+
+
+@pytest.mark.parametrize("dax", ["auto", "fast"])
+def test_media_that_failed_are_shown_to_no_new_client(
+    make_namespace: MakeNamespace, dax: Dax
+) -> None:
+    namespace = make_namespace()
+    os.truncate(namespace.media.path, 4096)
+    assert namespace.examine()
+    assert choose(dax, namespace) == (Way.DAEMON, "its media have failed")
 
 
 @pytest.mark.parametrize("dax", ["auto", "fast"])

@@ -134,7 +134,7 @@ def test_the_mount_and_the_control_socket_stay_until_a_restart() -> None:
         {"mode": "0660"},
         {"options": ["ro"]},
         {"punch": True},
-        {"request_timeout_seconds": 0},
+        {"request_timeout_seconds": 30},
     ],
     ids=str,
 )

@@ -39,6 +39,8 @@ _OPEN_FLAGS = {
 
 def choose(dax: Dax, namespace: Namespace) -> tuple[Way, str]:
     """The way that a namespace can go, as far as it can be told, and why it is not a faster one."""
+    if namespace.health.fault is not None:
+        return Way.DAEMON, "its media have failed"
     if dax == "off":
         return Way.DAEMON, 'dax = "off"'
     if namespace.media.reserve_bytes:

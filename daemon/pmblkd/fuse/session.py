@@ -152,7 +152,9 @@ class Session:
             for segment in command.segments or ():
                 reply.append(zeroes(segment.length) if isinstance(segment, Hole) else segment)
             if len(reply) > IOV_MAX:  # more pieces than writev(2) takes
-                return [b"".join(reply)]
+                reply = [b"".join(reply)]
+                if work.namespace.health.fault is not None:  # met by this very copy
+                    return error_reply(work.unique, errno.EIO)
             return reply
         if opcode == WRITE:
             return _reply(work.unique, wire.WRITE_OUT.pack(command.length, 0))
