@@ -52,7 +52,7 @@ def _attach_loop(namespace: NamespaceReport) -> Path:
         mount = _living_mount(file.parent)
         for device in loop.devices_on(lambda backing: backing == file):
             # Another number is another mount: a dead one, which the present one has buried.
-            if loop.file_system_of(device) == f"0:{mount.minor}":
+            if loop.file_system_of(device) == mount.number:
                 return device
         return loop.attach(
             file,
@@ -74,8 +74,7 @@ def _living_mount(mountpoint: Path) -> mounts.Mount:
         )
     state = mounts.health(mount)
     if state is Health.SILENT:
-        message, hint = mounts.silence(mount)
-        raise WorkFailed(message, hint=hint)
+        raise mounts.silence(mount)
     if state is Health.DEAD:
         raise WorkFailed(
             f"the kernel has ended the mount on {mountpoint}", hint="start the daemon again"

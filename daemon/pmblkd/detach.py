@@ -89,8 +89,7 @@ def detach_all(place: Place, *, force: bool) -> DetachAllReport:
     silent = _silent(mountpoint)
     if silent is not None:  # asked before the lock: who holds it may wait for this very daemon
         if not force:
-            message, hint = mounts.silence(silent)
-            refused.append(Refusal(key=str(mountpoint), reason=f"{message}; {hint}"))
+            refused.append(Refusal(key=str(mountpoint), reason=str(mounts.silence(silent))))
             return DetachAllReport(devices=[], unmounted=[], aborted=[], refused=refused)
         _cut_off(silent)
         aborted.append(str(mountpoint))

@@ -67,7 +67,7 @@ def is_dead(device: Path, mountpoint: Path) -> bool:
     if not number:
         return True
     mount = mounts.find(mountpoint)
-    if mount is not None and number == f"0:{mount.minor}":
+    if mount is not None and number == mount.number:
         return mounts.health(mount) is Health.DEAD
     time.sleep(FORGET_SECONDS)  # a mount that we cannot ask: its daemon may just have died
     return not loop.file_system_of(device)

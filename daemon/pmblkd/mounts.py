@@ -32,6 +32,11 @@ class Mount(msgspec.Struct, frozen=True):
     source: str
     minor: int  # of its device; for FUSE the number of the connection
 
+    @property
+    def number(self) -> str:
+        """Of the device of a FUSE mount, as losetup(8) shows it: no block device has major 0."""
+        return f"0:{self.minor}"
+
 
 class Health(enum.Enum):
     """Of a mount. A DEAD one has lost its daemon, a SILENT one has one that does not answer."""
@@ -99,21 +104,21 @@ def is_dead(path: Path) -> bool:
     return mount is not None and health(mount) is Health.DEAD
 
 
-def silence(mount: Mount) -> tuple[str, str]:
-    """What to say of a SILENT mount, and what to do about it."""
+def silence(mount: Mount) -> WorkFailed:
+    """What there is to say of a SILENT mount, to be raised."""
     pids = connections.servers(mount.minor)
     owner = (
         f"process {pids[0]}, which serves {mount.path}," if pids else f"{mount.path}: its daemon"
     )
     end = f"end it (kill -9 {pids[0]})" if pids else "end it"
-    return (
+    return WorkFailed(
         f"{owner} does not answer",
-        f"{end}, or cut it off: pmblk detach --all --force --config FILE",
+        hint=f"{end}, or cut it off: pmblk detach --all --force --config FILE",
     )
 
 
-def check_mountpoint(path: Path) -> bool:
-    """Whether `path` can be mounted on, without changing anything; True if a dead mount is there.
+def check_mountpoint(path: Path) -> None:
+    """Raises PmblkError if `path` cannot be mounted on; a dead mount there is in nobody's way.
 
     A directory that is missing is fine when its parent is there: mounting makes it.
     """
@@ -122,10 +127,9 @@ def check_mountpoint(path: Path) -> bool:
     if mount is not None:
         state = health(mount)
         if state is Health.DEAD:
-            return True
+            return
         if state is Health.SILENT:
-            message, hint = silence(mount)
-            raise PmblkError(message, hint=hint)
+            raise silence(mount)
         raise PmblkError(
             f"{path} is a mountpoint in use ({mount.file_system})",
             hint=f"stop its owner, or run: umount {path}",
@@ -134,7 +138,6 @@ def check_mountpoint(path: Path) -> bool:
         _check_directory(path)
     except OSError as error:
         raise PmblkError(f"cannot look at {path}: {error.strerror}") from error
-    return False
 
 
 def _check_directory(path: Path) -> None:
@@ -155,8 +158,7 @@ def _check_above(path: Path) -> None:
             continue
         state = health(mount)
         if state is Health.SILENT:
-            message, hint = silence(mount)
-            raise PmblkError(message, hint=hint)
+            raise silence(mount)
         if state is Health.DEAD:
             raise PmblkError(
                 f"{path} lies below {parent}, a mount that has lost its daemon",
