@@ -18,7 +18,7 @@ from pmblk import PmblkError
 from pmblk.pages import PAGE_BYTES
 from pmblkd import loop, mounts
 from pmblkd.errors import WorkFailed
-from pmblkd.mounts import Health
+from pmblkd.mounts import State
 from pmblkd.programs import run
 from pmblkd.reports import NamespaceReport
 
@@ -52,7 +52,7 @@ def _attach_loop(namespace: NamespaceReport) -> Path:
         mount = _living_mount(file.parent)
         for device in loop.devices_on(lambda backing: backing == file):
             # Another number is another mount: a dead one, which the present one has buried.
-            if loop.file_system_of(device) == f"0:{mount.minor}":
+            if loop.file_system_of(device) == mount.number:
                 return device
         return loop.attach(
             file,
@@ -72,11 +72,10 @@ def _living_mount(mountpoint: Path) -> mounts.Mount:
         raise PmblkError(
             f"nothing is mounted on {mountpoint} any more", hint="start the daemon again"
         )
-    state = mounts.health(mount)
-    if state is Health.SILENT:
-        message, hint = mounts.silence(mount)
-        raise WorkFailed(message, hint=hint)
-    if state is Health.DEAD:
+    state = mounts.state_of(mount)
+    if state is State.SILENT:
+        raise mounts.silence(mount)
+    if state is State.DEAD:
         raise WorkFailed(
             f"the kernel has ended the mount on {mountpoint}", hint="start the daemon again"
         )

@@ -78,8 +78,12 @@ def devices_below(mountpoint: Path, sizes: Mapping[str, int]) -> list[Path]:
 def _backings() -> Iterator[tuple[Path, Path]]:
     for entry in sorted(DEVICES.glob("loop*/loop/backing_file")):
         with contextlib.suppress(OSError):  # detached meanwhile
-            backing = entry.read_text().rstrip("\n").removesuffix(" (deleted)")
-            yield Path("/dev") / entry.parts[3], Path(backing)
+            yield Path("/dev") / entry.parts[3], _backing(entry)
+
+
+def _backing(entry: Path) -> Path:
+    """The path of its file in `backing_file`, without the word that it is gone. Raises OSError."""
+    return Path(entry.read_text().rstrip("\n").removesuffix(" (deleted)"))
 
 
 def is_on(number: int, mountpoint: Path) -> bool:
@@ -90,8 +94,7 @@ def is_on(number: int, mountpoint: Path) -> bool:
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     for place in (entry, entry.resolve().parent):
         with contextlib.suppress(OSError):
-            backing = Path((place / "loop/backing_file").read_text().rstrip("\n"))
-            return backing.is_relative_to(mountpoint)
+            return _backing(place / "loop/backing_file").is_relative_to(mountpoint)
     return False
 
 

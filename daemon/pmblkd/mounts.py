@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pmblk import PmblkError
-from pmblkd import connections
+from pmblkd import fuse_connections
 from pmblkd.errors import WorkFailed
 from pmblkd.programs import NotEnded, run
 
@@ -32,8 +32,13 @@ class Mount(msgspec.Struct, frozen=True):
     source: str
     minor: int  # of its device; for FUSE the number of the connection
 
+    @property
+    def number(self) -> str:
+        """Of the device of a FUSE mount, as losetup(8) shows it: no block device has major 0."""
+        return f"0:{self.minor}"
 
-class Health(enum.Enum):
+
+class State(enum.Enum):
     """Of a mount. A DEAD one has lost its daemon, a SILENT one has one that does not answer."""
 
     ALIVE = "alive"
@@ -66,18 +71,18 @@ def find_device(device: str) -> Mount | None:
     )
 
 
-def health(mount: Mount) -> Health:
+def state_of(mount: Mount) -> State:
     """Asked by a child; what is no FUSE mount is alive."""
     if not mount.file_system.startswith("fuse"):
-        return Health.ALIVE
+        return State.ALIVE
     try:
         run("stat", "--file-system", str(mount.path), seconds=ANSWER_SECONDS)
     except NotEnded:
-        return Health.SILENT
+        return State.SILENT
     except WorkFailed as error:
         if any(words in error.message for words in DEAD_WORDS):
-            return Health.DEAD
-    return Health.ALIVE
+            return State.DEAD
+    return State.ALIVE
 
 
 def unmount(path: Path) -> None:
@@ -96,36 +101,35 @@ def unmount(path: Path) -> None:
 def is_dead(path: Path) -> bool:
     """Whether the topmost mount there has lost its daemon."""
     mount = find(path)
-    return mount is not None and health(mount) is Health.DEAD
+    return mount is not None and state_of(mount) is State.DEAD
 
 
-def silence(mount: Mount) -> tuple[str, str]:
-    """What to say of a SILENT mount, and what to do about it."""
-    pids = connections.servers(mount.minor)
+def silence(mount: Mount) -> WorkFailed:
+    """What there is to say of a SILENT mount, to be raised."""
+    pids = fuse_connections.servers(mount.minor)
     owner = (
         f"process {pids[0]}, which serves {mount.path}," if pids else f"{mount.path}: its daemon"
     )
     end = f"end it (kill -9 {pids[0]})" if pids else "end it"
-    return (
+    return WorkFailed(
         f"{owner} does not answer",
-        f"{end}, or cut it off: pmblk detach --all --force --config FILE",
+        hint=f"{end}, or cut it off: pmblk detach --all --force --config FILE",
     )
 
 
-def check_mountpoint(path: Path) -> bool:
-    """Whether `path` can be mounted on, without changing anything; True if a dead mount is there.
+def check_mountpoint(path: Path) -> None:
+    """Raises PmblkError if `path` cannot be mounted on; a dead mount there is in nobody's way.
 
     A directory that is missing is fine when its parent is there: mounting makes it.
     """
     _check_above(path)
     mount = find(path)
     if mount is not None:
-        state = health(mount)
-        if state is Health.DEAD:
-            return True
-        if state is Health.SILENT:
-            message, hint = silence(mount)
-            raise PmblkError(message, hint=hint)
+        state = state_of(mount)
+        if state is State.DEAD:
+            return
+        if state is State.SILENT:
+            raise silence(mount)
         raise PmblkError(
             f"{path} is a mountpoint in use ({mount.file_system})",
             hint=f"stop its owner, or run: umount {path}",
@@ -134,7 +138,6 @@ def check_mountpoint(path: Path) -> bool:
         _check_directory(path)
     except OSError as error:
         raise PmblkError(f"cannot look at {path}: {error.strerror}") from error
-    return False
 
 
 def _check_directory(path: Path) -> None:
@@ -153,11 +156,10 @@ def _check_above(path: Path) -> None:
         mount = find(parent)
         if mount is None:
             continue
-        state = health(mount)
-        if state is Health.SILENT:
-            message, hint = silence(mount)
-            raise PmblkError(message, hint=hint)
-        if state is Health.DEAD:
+        state = state_of(mount)
+        if state is State.SILENT:
+            raise silence(mount)
+        if state is State.DEAD:
             raise PmblkError(
                 f"{path} lies below {parent}, a mount that has lost its daemon",
                 hint=f"run: umount --lazy {parent}",

@@ -116,7 +116,7 @@ def test_a_client_of_a_killed_daemon_is_known_by_its_file_on_the_mount_that_is_l
     (directory / "a.img").write_bytes(bytes(1 << 20))
     left = mounts.Mount(directory / "mnt", "fuse.pmblk", "pmblk", 40)
     monkeypatch.setattr(mounts, "find", lambda path: left if path == left.path else None)
-    monkeypatch.setattr(mounts, "check_mountpoint", lambda _path: True)
+    monkeypatch.setattr(mounts, "check_mountpoint", lambda _path: None)
     asked: list[Any] = []
 
     def find(path: Path, _status: object, *, also: Any) -> list[int]:

@@ -190,9 +190,8 @@ def _install() -> None:
         if _installed:
             return
         action = _Action(handler=ctypes.cast(_handler, ctypes.c_void_p).value, flags=_SA_SIGINFO)
-        if _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before)):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        installed = _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before))
+        syscalls.checked(installed)
         _installed = True
         atexit.register(_restore)  # nothing of Python can be called after its end
 

@@ -37,17 +37,20 @@ _FILE_SYSTEM_NAMES = {
 }
 
 
-def _call(result: int) -> None:
-    if result != 0:
+def checked(result: int) -> int:
+    """What a function of a ctypes library with `use_errno` returned. Raises OSError for -1."""
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    return result
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), again after a signal. Raises OSError."""
     while True:
         try:
-            return _call(_libc.fallocate(fd, mode, offset, length))
+            checked(_libc.fallocate(fd, mode, offset, length))
+            return
         except InterruptedError:
             continue
 
@@ -105,7 +108,7 @@ def is_open_elsewhere(fd: int) -> bool | None:
 def file_system(fd: int) -> str:
     """The name of the file system that holds `fd`, or its magic number in hex."""
     buffer = ctypes.create_string_buffer(256)
-    _call(_libc.fstatfs(fd, buffer))
+    checked(_libc.fstatfs(fd, buffer))
     magic: int = struct.unpack_from("q", buffer)[0] & 0xFFFFFFFF
     return _FILE_SYSTEM_NAMES.get(magic, f"{magic:#x}")
 
@@ -123,7 +126,7 @@ def resident_bytes(mapping: mmap.mmap) -> int:
     length = len(mapping)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-    _call(_libc.mincore(address, length, pages))
+    checked(_libc.mincore(address, length, pages))
     return pages.raw.count(1) * mmap.PAGESIZE
 
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pmblk import PmblkError
+from pmblk.media.syscalls import checked
+from pmblkd.fuse_connections import DEVICE
 
-DEVICE = Path("/dev/fuse")
 SUBTYPE = "pmblk"
 HELPER_SECONDS = 10
 
@@ -57,9 +58,7 @@ def _mount_ourselves(
         words.append("allow_other")
     target = os.fsencode(mountpoint)
     data = ",".join(words).encode()
-    if _libc.mount(b"pmblk", target, b"fuse." + SUBTYPE.encode(), flags, data) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    checked(_libc.mount(b"pmblk", target, b"fuse." + SUBTYPE.encode(), flags, data))
 
 
 def _mount_by_helper(mountpoint: Path, *, allow_other: bool, options: Sequence[str]) -> int:

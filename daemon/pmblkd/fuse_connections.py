@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 
 from pmblk import PmblkError
+from pmblk.media.syscalls import checked
 
 CONTROL = Path("/sys/fs/fuse/connections")
-DEVICE = "/dev/fuse"
+DEVICE = Path("/dev/fuse")
 FSCONFIG_CMD_CREATE = 6  # include/uapi/linux/mount.h
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
 
@@ -48,7 +49,7 @@ def servers(number: int) -> list[int]:
 
 
 def _has(process: Path, fd: str, number: int) -> bool:
-    if os.readlink(process / "fd" / fd) != DEVICE:
+    if os.readlink(process / "fd" / fd) != str(DEVICE):
         return False
     lines = (process / "fdinfo" / fd).read_text().splitlines()
     return ["fuse_connection:", str(number)] in [line.split() for line in lines]
@@ -56,10 +57,10 @@ def _has(process: Path, fd: str, number: int) -> bool:
 
 def _abort_by_a_mount_of_our_own(number: int) -> None:
     """The control file system where nobody has mounted it: without a place, gone when closed."""
-    context = _checked(_libc.fsopen(b"fusectl", FSOPEN_CLOEXEC))
+    context = checked(_libc.fsopen(b"fusectl", FSOPEN_CLOEXEC))
     try:
-        _checked(_libc.fsconfig(context, FSCONFIG_CMD_CREATE, None, None, 0))
-        root = _checked(_libc.fsmount(context, FSMOUNT_CLOEXEC, 0))
+        checked(_libc.fsconfig(context, FSCONFIG_CMD_CREATE, None, None, 0))
+        root = checked(_libc.fsmount(context, FSMOUNT_CLOEXEC, 0))
     finally:
         os.close(context)
     try:
@@ -70,10 +71,3 @@ def _abort_by_a_mount_of_our_own(number: int) -> None:
         os.write(fd, b"1")
     finally:
         os.close(fd)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
