@@ -40,7 +40,7 @@ from pmblk.nvme.status import Status, from_oserror
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import Extent, merge_extents
 from pmblk.representations.base import Lease, Representation
-from pmblk.zeroing import INLINE_BYTES, Way, clear
+from pmblk.zeroing import INLINE_BYTES, Clearing, clear
 
 EXTENTS_MAX = 1024  # one answer to GET_LBA_STATUS; the client asks again from its end
 
@@ -153,11 +153,13 @@ class Dispatcher:
         self.counters.prp_entries += entries
         self.counters.prp_list_pages += prp_list_pages(entries)
 
-    def way_to_clear(self, command: Command) -> Way:
+    def way_to_clear(self, command: Command) -> Clearing:
         """How WRITE_ZEROES or a deallocation makes its range zero."""
         if command.flags & KEEP:
-            return Way.KEEP
-        return Way.FILL if command.flags & ALLOCATE or not self.media.punches else Way.PUNCH
+            return Clearing.KEEP
+        if command.flags & ALLOCATE or not self.media.punches:
+            return Clearing.FILL
+        return Clearing.PUNCH
 
     def window(self, command: Command) -> memoryview | None:
         """Memory for the bytes of a write that are not received yet; None: let `attempt` see it."""
@@ -230,13 +232,13 @@ class Dispatcher:
         """WRITE_ZEROES and deallocation."""
         zeroing = command.opcode == WRITE_ZEROES
         way = self.way_to_clear(command)
-        if zeroing and way is not Way.PUNCH and command.flags & FAST_ONLY:
+        if zeroing and way is not Clearing.PUNCH and command.flags & FAST_ONLY:
             self.fail(command, Status.FAST_ZERO_NOT_POSSIBLE)
             return True
-        if not zeroing and way is Way.FILL:
+        if not zeroing and way is Clearing.FILL:
             return True  # deallocation is a hint, and this file system has no holes
         offset, length = command.offset, command.length
-        punches = way is Way.PUNCH
+        punches = way is Clearing.PUNCH
         if length > INLINE_BYTES or (punches and self.representation.busy(offset, length)):
             return False
         clear(self.media, self.representation, offset, length, way)

@@ -26,7 +26,7 @@ from pmblk.nvme.command import (
 from pmblk.pages import PAGE_BYTES
 from pmblk.ranges import slices
 from pmblk.representations.base import Representation
-from pmblk.zeroing import INLINE_BYTES, Way, clear_in_slices
+from pmblk.zeroing import INLINE_BYTES, Clearing, clear_in_slices
 
 PIECE_COST_BYTES = 64 << 10  # what writing back a piece costs beside its bytes, in bytes
 
@@ -105,7 +105,7 @@ class Completer:
         dispatcher = self._dispatcher
         offset, length = command.offset, command.length
         way = dispatcher.way_to_clear(command)
-        punches = way is Way.PUNCH
+        punches = way is Clearing.PUNCH
         unit = (offset, length)
         if punches and self._representation.busy(offset, length):
             unit = self._representation.lifetime_unit(offset, length)

@@ -1,7 +1,7 @@
 """Making a range zero: holes where pages can be given back, zeroes in memory where not.
 
-There are three ways (`Way`). Only whole pages are punched. A page that the range covers in part
-keeps its memory and gets zeroes there, so a page that a representation holds dirty always has
+There are three ways (`Clearing`). Only whole pages are punched. A page that the range covers in
+part keeps its memory and gets zeroes there, so a page that a representation holds dirty always has
 memory under it, and nothing outside the range is looked at.
 """
 
@@ -19,7 +19,7 @@ INLINE_BYTES = 4 << 20  # punching 4 MiB of tmpfs takes about 1 ms, a thread hop
 SLICE_BYTES = 256 << 20  # a long punch is cut, so that a stop does not wait for all of it
 
 
-class Way(enum.Enum):
+class Clearing(enum.Enum):
     """What becomes of the memory under a range that is made zero."""
 
     PUNCH = "punch"  # whole pages are given back
@@ -27,12 +27,14 @@ class Way(enum.Enum):
     KEEP = "keep"  # what has memory keeps it, what is a hole stays one
 
 
-def clear(media: Media, representation: Representation, offset: int, length: int, way: Way) -> None:
+def clear(
+    media: Media, representation: Representation, offset: int, length: int, way: Clearing
+) -> None:
     """In one go; for at most `INLINE_BYTES`. Raises OSError."""
-    if way is Way.FILL:
+    if way is Clearing.FILL:
         _store_zeroes(media, representation, offset, length)
         return
-    if way is Way.KEEP:
+    if way is Clearing.KEEP:
         _zero_memory(media, representation, offset, length)
         return
     start, end = _zero_edges(media, representation, offset, length)
@@ -42,18 +44,18 @@ def clear(media: Media, representation: Representation, offset: int, length: int
 
 
 async def clear_in_slices(
-    media: Media, representation: Representation, offset: int, length: int, way: Way
+    media: Media, representation: Representation, offset: int, length: int, way: Clearing
 ) -> None:
     """Punched in a worker thread, or zeroed in memory with pauses between. Raises OSError.
 
     The caller keeps everybody else out of the range.
     """
-    if way is Way.FILL:
+    if way is Clearing.FILL:
         for position, piece in _page_slices(offset, length):
             _store_zeroes(media, representation, position, piece)
             await trio.lowlevel.checkpoint()
         return
-    if way is Way.KEEP:
+    if way is Clearing.KEEP:
         await _zero_memory_in_slices(media, representation, offset, length)
         return
     start, end = _zero_edges(media, representation, offset, length)
