@@ -307,7 +307,7 @@ class Kernel:
         return found
 
 
-class FakeDoors:
+class FakeBackings:
     """Answers every open with one way, and remembers what it was told."""
 
     def __init__(self) -> None:

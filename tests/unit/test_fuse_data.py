@@ -10,7 +10,7 @@ from pmblk.nvme.command import READ, Hole
 from pmblkd.fuse.files import Files
 from pmblkd.fuse.session import IO_BYTES_MAX, Session, Work
 from tests.unit.conftest import MakeNamespace, registered
-from tests.unit.fuse_kernel import FakeDoors, Kernel, Op, io, message, refused
+from tests.unit.fuse_kernel import FakeBackings, Kernel, Op, io, message, refused
 
 SIZE = 1 << 20
 NS = 2
@@ -19,8 +19,8 @@ KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 0x10, 0x
 
 
 @pytest.fixture
-def doors() -> FakeDoors:
-    return FakeDoors()
+def backings() -> FakeBackings:
+    return FakeBackings()
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def namespace(make_namespace: MakeNamespace) -> Namespace:
 
 
 @pytest.fixture
-def kernel(namespace: Namespace, doors: FakeDoors) -> Kernel:
-    return Kernel(Session(Files(registered(namespace)), doors))
+def kernel(namespace: Namespace, backings: FakeBackings) -> Kernel:
+    return Kernel(Session(Files(registered(namespace)), backings))
 
 
 # ---- the data
@@ -58,10 +58,10 @@ def test_a_read_is_clipped_at_the_end(kernel: Kernel, offset: int, asked: int, l
 
 
 def test_no_read_is_longer_than_what_was_agreed(
-    make_namespace: MakeNamespace, doors: FakeDoors
+    make_namespace: MakeNamespace, backings: FakeBackings
 ) -> None:
     files = Files(registered(make_namespace(2 * IO_BYTES_MAX)))
-    assert len(Kernel(Session(files, doors)).read(NS, 0, 2 * IO_BYTES_MAX)) == IO_BYTES_MAX
+    assert len(Kernel(Session(files, backings)).read(NS, 0, 2 * IO_BYTES_MAX)) == IO_BYTES_MAX
 
 
 def test_a_write_is_short_at_the_end_and_finds_no_space_past_it(
@@ -114,23 +114,23 @@ def test_the_directory_holds_no_data(kernel: Kernel) -> None:
 
 
 def test_a_sync_flushes_and_tells_those_who_let_clients_through(
-    make_namespace: MakeNamespace, doors: FakeDoors
+    make_namespace: MakeNamespace, backings: FakeBackings
 ) -> None:
     namespace = make_namespace(kind="page-cache")
-    kernel = Kernel(Session(Files(registered(namespace)), doors))
+    kernel = Kernel(Session(Files(registered(namespace)), backings))
     kernel.write(NS, 0, b"data")
     assert namespace.representation.dirty()
     work = kernel.start(Op.FSYNC, NS, bytes(16))
-    assert doors.told == [("synced", "ns")], "before the flush, which has to cover it"
+    assert backings.told == [("synced", "ns")], "before the flush, which has to cover it"
     assert isinstance(work, Work)
     assert list(namespace.execute((work.command,))) == [work.command]
 
 
 async def test_a_sync_that_waits_is_answered_when_it_is_durable(
-    make_namespace: MakeNamespace, doors: FakeDoors
+    make_namespace: MakeNamespace, backings: FakeBackings
 ) -> None:
     namespace = make_namespace(kind="page-cache")
-    kernel = Kernel(Session(Files(registered(namespace)), doors))
+    kernel = Kernel(Session(Files(registered(namespace)), backings))
     kernel.write(NS, 0, b"data")
     assert await kernel.ask_slowly(Op.FSYNC, NS, bytes(16)) == b""
     assert not namespace.representation.dirty()
@@ -197,9 +197,9 @@ def test_memory_is_reserved_and_what_is_there_stays(
 
 @pytest.mark.parametrize("punch", [True, False])
 def test_a_hole_gives_its_memory_back_only_if_that_is_wanted(
-    namespace: Namespace, doors: FakeDoors, punch: bool
+    namespace: Namespace, backings: FakeBackings, punch: bool
 ) -> None:
-    kernel = Kernel(Session(Files(registered(namespace), punch=punch), doors))
+    kernel = Kernel(Session(Files(registered(namespace), punch=punch), backings))
     kernel.write(NS, 0, b"x" * 4 * PAGE)
     kernel.fallocate(NS, PUNCH_HOLE | KEEP_SIZE, PAGE, 2 * PAGE)
     assert kernel.read(NS, 0, 4 * PAGE) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE

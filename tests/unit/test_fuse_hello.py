@@ -11,14 +11,14 @@ from pmblkd.fuse.files import Files
 from pmblkd.fuse.session import IO_BYTES_MAX, MESSAGE_BYTES_MAX, Session
 from pmblkd.registry import Registry
 from tests.unit import fuse_kernel
-from tests.unit.fuse_kernel import FakeDoors, Kernel, Op, refused
+from tests.unit.fuse_kernel import FakeBackings, Kernel, Op, refused
 
 PAGE = 4096
 
 
 @pytest.fixture
 def kernel() -> Kernel:
-    return Kernel(Session(Files(Registry()), FakeDoors()))
+    return Kernel(Session(Files(Registry()), FakeBackings()))
 
 
 # ---- the layouts
@@ -135,7 +135,7 @@ def test_passthrough_is_agreed_on_where_the_kernel_has_it(kernel: Kernel) -> Non
 
 
 def test_a_time_limit_is_asked_for_if_there_is_one_and_the_kernel_has_it() -> None:
-    kernel = Kernel(Session(Files(Registry()), FakeDoors(), request_timeout_seconds=77))
+    kernel = Kernel(Session(Files(Registry()), FakeBackings(), request_timeout_seconds=77))
     answer = kernel.init()
     assert (answer.request_timeout, answer.flags2 & 1 << 10) == (77, 1 << 10)
     answer = kernel.init(flags2=1 << 5)
@@ -143,5 +143,5 @@ def test_a_time_limit_is_asked_for_if_there_is_one_and_the_kernel_has_it() -> No
 
 
 def test_the_longest_time_limit_of_the_config_fits() -> None:
-    session = Session(Files(Registry()), FakeDoors(), request_timeout_seconds=65535)
+    session = Session(Files(Registry()), FakeBackings(), request_timeout_seconds=65535)
     assert Kernel(session).init().request_timeout == 65535

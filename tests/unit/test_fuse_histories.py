@@ -136,10 +136,10 @@ class Conversation:
     def __init__(self, served: list[Served], registry: Registry, backing: BackingFiles) -> None:
         self.served = served
         self.backing = backing
-        self.doors = Passthrough()
-        self.doors.attach(-1, minor=40, refusal="")
+        self.backings = Passthrough()
+        self.backings.attach(-1, minor=40, refusal="")
         self.files = Files(registry)
-        self.kernel = Kernel(Session(self.files, self.doors))
+        self.kernel = Kernel(Session(self.files, self.backings))
         self.opens: Counter[int] = Counter()
         self.dax_opens: Counter[int] = Counter()
 

@@ -16,7 +16,7 @@ from tests.unit import fuse_kernel
 from tests.unit.conftest import MakeNamespace, registered
 from tests.unit.fuse_kernel import (
     Dirent,
-    FakeDoors,
+    FakeBackings,
     IoctlIn,
     IoctlOut,
     Kernel,
@@ -34,8 +34,8 @@ BLKGETSIZE64, BLKDISCARD = 0x80081272, 0x1277
 
 
 @pytest.fixture
-def doors() -> FakeDoors:
-    return FakeDoors()
+def backings() -> FakeBackings:
+    return FakeBackings()
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def files(make_namespace: MakeNamespace, namespace: Namespace) -> Files:
 
 
 @pytest.fixture
-def kernel(files: Files, doors: FakeDoors) -> Kernel:
-    return Kernel(Session(files, doors))
+def kernel(files: Files, backings: FakeBackings) -> Kernel:
+    return Kernel(Session(files, backings))
 
 
 # ---- the tree
@@ -96,10 +96,12 @@ def test_owner_mode_and_blocks_are_what_the_files_say(kernel: Kernel) -> None:
     assert (root.attr.mode, root.attr.uid, root.attr_valid) == (stat.S_IFDIR | 0o555, 1000, 1)
 
 
-def test_the_largest_owner_that_can_be_is_shown(namespace: Namespace, doors: FakeDoors) -> None:
+def test_the_largest_owner_that_can_be_is_shown(
+    namespace: Namespace, backings: FakeBackings
+) -> None:
     largest = (1 << 32) - 2
     files = Files(registered(namespace), rights=Rights(largest, largest))
-    assert Kernel(Session(files, doors)).lookup(b"ns").attr.gid == largest
+    assert Kernel(Session(files, backings)).lookup(b"ns").attr.gid == largest
 
 
 def test_a_size_can_be_set_to_what_it_is_and_to_nothing_else(kernel: Kernel) -> None:
@@ -213,15 +215,15 @@ def test_df_shows_the_namespaces_together(kernel: Kernel, namespace: Namespace) 
     [(Way.DAEMON, 0, 1 | 64), (Way.DAX, 7, 1 | 64 | 128), (Way.FAST, 8, 128)],
 )
 def test_an_open_is_told_its_way(
-    kernel: Kernel, doors: FakeDoors, way: Way, backing: int, flags: int
+    kernel: Kernel, backings: FakeBackings, way: Way, backing: int, flags: int
 ) -> None:
-    doors.answer = (way, backing)
+    backings.answer = (way, backing)
     opened = kernel.open(NS)
     assert (opened.fh, opened.open_flags, opened.backing_id) == (NS, flags, backing)
 
 
 def test_users_are_counted_from_open_to_release(
-    kernel: Kernel, files: Files, doors: FakeDoors
+    kernel: Kernel, files: Files, backings: FakeBackings
 ) -> None:
     served = files.served(NS)
     kernel.open(NS)
@@ -230,11 +232,11 @@ def test_users_are_counted_from_open_to_release(
     kernel.release(NS)
     kernel.release(NS)
     assert (served.users, files.users) == (0, 0)
-    assert doors.told == [(what, "ns") for what in ("open", "open", "close", "close")]
+    assert backings.told == [(what, "ns") for what in ("open", "open", "close", "close")]
 
 
 def test_what_is_not_open_cannot_be_released(
-    kernel: Kernel, files: Files, doors: FakeDoors
+    kernel: Kernel, files: Files, backings: FakeBackings
 ) -> None:
     for inode in (NS, RO, 1, NOBODY):
         with refused(errno.EBADF):
@@ -244,13 +246,13 @@ def test_what_is_not_open_cannot_be_released(
     with refused(errno.EBADF):
         kernel.release(NS)
     assert (files.users, files.served(NS).users) == (0, 0)
-    assert doors.told == [("open", "ns"), ("close", "ns")]
+    assert backings.told == [("open", "ns"), ("close", "ns")]
 
 
 def test_an_open_that_finds_no_way_leaves_no_user(
-    kernel: Kernel, files: Files, doors: FakeDoors
+    kernel: Kernel, files: Files, backings: FakeBackings
 ) -> None:
-    doors.error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    backings.error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     with refused(errno.EMFILE):
         kernel.open(NS)
     assert (files.users, files.served(NS).users) == (0, 0)

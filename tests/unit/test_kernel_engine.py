@@ -305,7 +305,7 @@ async def test_the_end_of_the_mount_ends_the_run_when_what_waits_is_done(
             monkeypatch.setattr(os, "readv", end)
             await client.send(b"wake up")
             await trio.testing.wait_all_tasks_blocked()
-            assert len(engine._works.child_tasks) == 1
+            assert len(engine._waiting.child_tasks) == 1
         assert (await client.reply())[:2] == (2, 0)
     assert bytes(namespace.media.view[:4]) == b"late"
 

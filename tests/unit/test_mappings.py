@@ -43,7 +43,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> BackingFiles:
 
 
 @pytest.fixture
-def doors(kernel: BackingFiles) -> Passthrough:
+def backings(kernel: BackingFiles) -> Passthrough:
     one = Passthrough()
     one.attach(DEVICE, minor=MINOR, refusal="")
     return one
@@ -86,64 +86,64 @@ def mapped(path: Path) -> Iterator[int]:
 
 
 async def test_a_switch_to_copies_is_refused_while_a_file_is_open_that_way(
-    serve: Callable[..., Served], doors: Passthrough
+    serve: Callable[..., Served], backings: Passthrough
 ) -> None:
     served = serve()
-    doors.open(served)
+    backings.open(served)
     with pytest.raises(PmblkError, match="page-cache keeps copies of the media, and 1 open files"):
         async with kept_out(served, "page-cache"):
             raise AssertionError("let through")
     assert not served.dax_kept_out
-    doors.close(served)
+    backings.close(served)
     async with kept_out(served, "page-cache"):
         assert served.dax_kept_out
 
 
 async def test_an_open_that_goes_through_the_daemon_is_in_nobody_s_way(
-    serve: Callable[..., Served], doors: Passthrough
+    serve: Callable[..., Served], backings: Passthrough
 ) -> None:
     served = serve("off")
-    doors.open(served)
+    backings.open(served)
     async with kept_out(served, "page-cache"):
-        assert doors.open(served)[0] is Way.DAEMON
+        assert backings.open(served)[0] is Way.DAEMON
 
 
 @pytest.mark.parametrize("kind", ["extent", "pfn", "struct-page", "transient-page"])
 async def test_kinds_without_copies_keep_nobody_out(
-    serve: Callable[..., Served], doors: Passthrough, kind: str
+    serve: Callable[..., Served], backings: Passthrough, kind: str
 ) -> None:
     served = serve()
-    doors.open(served)
+    backings.open(served)
     with mapped(served.namespace.media.path):
         async with kept_out(served, kind):
-            assert doors.open(served)[0] is Way.DAX
+            assert backings.open(served)[0] is Way.DAX
 
 
 async def test_opens_during_a_switch_go_through_the_daemon_and_later_ones_with_them(
-    serve: Callable[..., Served], doors: Passthrough
+    serve: Callable[..., Served], backings: Passthrough
 ) -> None:
     served = serve()
     async with kept_out(served, "page-cache"):
-        assert doors.describe(served) == (
+        assert backings.describe(served) == (
             Way.DAEMON,
             "it is being switched to a kind that keeps copies",
         )
-        assert doors.open(served) == (Way.DAEMON, 0)
-    assert doors.open(served) == (Way.DAEMON, 0)
-    doors.close(served)
-    doors.close(served)
-    assert doors.open(served)[0] is Way.DAX, "the switch did not come about, so it may again"
+        assert backings.open(served) == (Way.DAEMON, 0)
+    assert backings.open(served) == (Way.DAEMON, 0)
+    backings.close(served)
+    backings.close(served)
+    assert backings.open(served)[0] is Way.DAX, "the switch did not come about, so it may again"
 
 
 async def test_two_switches_at_a_time_keep_clients_out_until_both_are_over(
-    serve: Callable[..., Served], doors: Passthrough
+    serve: Callable[..., Served], backings: Passthrough
 ) -> None:
     served = serve()
     async with kept_out(served, "page-cache"):
         async with kept_out(served, "page-cache"):
             pass
-        assert doors.describe(served)[0] is Way.DAEMON
-    assert doors.describe(served)[0] is Way.DAX
+        assert backings.describe(served)[0] is Way.DAEMON
+    assert backings.describe(served)[0] is Way.DAX
 
 
 async def test_a_switch_is_refused_while_a_process_maps_the_file_and_not_after(
@@ -179,13 +179,13 @@ async def test_the_file_is_known_though_its_name_is_gone_or_another_s(
 
 
 async def test_a_client_is_found_by_the_file_of_the_mount_that_it_maps(
-    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Served], backings: Passthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel shows the mount's device and inode, never the media that are mapped."""
     served = serve()
     assert served.mapped_as is None
-    doors.open(served)
-    doors.close(served)
+    backings.open(served)
+    backings.close(served)
     assert served.mapped_as == MappedAs(f"00:{MINOR:02x}", "2")
     wanted: list[Any] = []
 

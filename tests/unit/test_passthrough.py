@@ -29,7 +29,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> BackingFiles:
 
 
 @pytest.fixture
-def doors(kernel: BackingFiles) -> Passthrough:
+def backings(kernel: BackingFiles) -> Passthrough:
     one = Passthrough()
     one.attach(DEVICE, minor=MINOR, refusal="")
     return one
@@ -85,70 +85,70 @@ def test_the_kernel_is_given_the_descriptor_and_asked_for_its_id(
     ],
 )
 def test_a_refusal_of_the_kernel_is_said_in_words_and_the_daemon_serves(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int, words: str
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles, code: int, words: str
 ) -> None:
     served = serve()
     kernel.error = code
-    way, reason = doors.describe(served)
+    way, reason = backings.describe(served)
     assert way is Way.DAEMON
     assert words in reason
-    assert doors.open(served) == (Way.DAEMON, 0)
-    doors.close(served)
+    assert backings.open(served) == (Way.DAEMON, 0)
+    backings.close(served)
     assert served.dax_opens == 0
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP])
 def test_what_the_kernel_will_never_take_it_is_asked_once(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles, code: int
 ) -> None:
     served = serve()
     kernel.error = code
-    first = doors.describe(served)
+    first = backings.describe(served)
     kernel.error = 0
-    assert doors.describe(served) == first
+    assert backings.describe(served) == first
     assert kernel.given == 0
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC])
 def test_a_shortage_passes(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, code: int
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles, code: int
 ) -> None:
     served = serve()
     kernel.error = code
-    assert doors.open(served) == (Way.DAEMON, 0)
+    assert backings.open(served) == (Way.DAEMON, 0)
     kernel.error = 0
-    assert doors.open(served) == (Way.DAEMON, 0), "as the one before it, which is still open"
-    doors.close(served)
-    doors.close(served)
-    assert doors.open(served)[0] is Way.DAX
+    assert backings.open(served) == (Way.DAEMON, 0), "as the one before it, which is still open"
+    backings.close(served)
+    backings.close(served)
+    assert backings.open(served)[0] is Way.DAX
 
 
 def test_a_shortage_at_an_opening_has_the_daemon_serve_the_file(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles, logged: LogRecord
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles, logged: LogRecord
 ) -> None:
     served = serve()
-    assert doors.describe(served) == (Way.DAX, "")
+    assert backings.describe(served) == (Way.DAX, "")
     kernel.error = errno.EMFILE
-    assert doors.open(served) == (Way.DAEMON, 0)
+    assert backings.open(served) == (Way.DAEMON, 0)
     assert "Too many open files" in logged.expect("a file goes through the daemon")["reason"]
     assert served.dax_opens == 0
-    doors.close(served)
+    backings.close(served)
 
 
 def test_a_mount_without_passthrough_says_so(serve: Callable[..., Served]) -> None:
-    doors, served = Passthrough(), serve()
-    assert doors.describe(served) == (Way.DAEMON, "not mounted")
-    doors.attach(DEVICE, minor=MINOR, refusal="this kernel has no passthrough")
-    assert doors.describe(served) == (Way.DAEMON, "this kernel has no passthrough")
-    assert doors.open(served) == (Way.DAEMON, 0)
+    backings, served = Passthrough(), serve()
+    assert backings.describe(served) == (Way.DAEMON, "not mounted")
+    backings.attach(DEVICE, minor=MINOR, refusal="this kernel has no passthrough")
+    assert backings.describe(served) == (Way.DAEMON, "this kernel has no passthrough")
+    assert backings.open(served) == (Way.DAEMON, 0)
 
 
 def test_asking_how_a_file_goes_leaves_nothing_with_the_kernel(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles
 ) -> None:
     served = serve()
     for _ in range(3):
-        assert doors.describe(served) == (Way.DAX, "")
+        assert backings.describe(served) == (Way.DAX, "")
     assert (kernel.given, kernel.open) == (1, {})
     assert served.users == served.dax_opens == 0
 
@@ -169,14 +169,14 @@ def test_asking_how_a_file_goes_leaves_nothing_with_the_kernel(
 )
 def test_all_opens_of_a_file_share_one_id_that_is_closed_once(
     serve: Callable[..., Served],
-    doors: Passthrough,
+    backings: Passthrough,
     kernel: BackingFiles,
     dax: Dax,
     options: dict[str, Any],
     way: Way,
 ) -> None:
     served = serve(dax, **options)
-    answers = [doors.open(served) for _ in range(3)]
+    answers = [backings.open(served) for _ in range(3)]
     assert {one for one, _ in answers} == {way}
     ids = {backing for _, backing in answers}
     passes = way is not Way.DAEMON
@@ -184,35 +184,35 @@ def test_all_opens_of_a_file_share_one_id_that_is_closed_once(
     assert ids != {0} if passes else ids == {0}
     assert served.dax_opens == (3 if passes else 0)
     for left in (2, 1):
-        doors.close(served)
+        backings.close(served)
         assert len(kernel.open) == passes
         assert served.dax_opens == left * passes
-    doors.close(served)
+    backings.close(served)
     assert not kernel.open
     assert served.dax_opens == 0
 
 
 def test_the_kernel_gets_the_media_by_a_descriptor_of_its_own(
-    serve: Callable[..., Served], doors: Passthrough, kernel: BackingFiles
+    serve: Callable[..., Served], backings: Passthrough, kernel: BackingFiles
 ) -> None:
     served = serve()
     before = set(os.listdir("/proc/self/fd"))
-    _, backing = doors.open(served)
+    _, backing = backings.open(served)
     assert os.path.samestat(kernel.open[backing], served.namespace.media.path.stat())
     assert set(os.listdir("/proc/self/fd")) == before, "ours is closed at once"
-    doors.close(served)
+    backings.close(served)
 
 
 def test_files_of_two_namespaces_do_not_share_an_id(
-    make_namespace: MakeNamespace, doors: Passthrough, kernel: BackingFiles
+    make_namespace: MakeNamespace, backings: Passthrough, kernel: BackingFiles
 ) -> None:
     first, second = make_namespace(name="a.img"), make_namespace(name="b.img")
     first.name, second.name = "a", "b"
     one, other = registered(first, second)
-    assert doors.open(one)[1] != doors.open(other)[1]
-    doors.close(one)
+    assert backings.open(one)[1] != backings.open(other)[1]
+    backings.close(one)
     assert len(kernel.open) == 1
-    doors.close(other)
+    backings.close(other)
     assert not kernel.open
 
 
@@ -221,30 +221,30 @@ def test_files_of_two_namespaces_do_not_share_an_id(
 )
 def test_a_file_goes_the_way_that_it_was_opened_until_its_last_release(
     serve: Callable[..., Served],
-    doors: Passthrough,
+    backings: Passthrough,
     kernel: BackingFiles,
     before: Dax,
     after: Dax,
 ) -> None:
     """The kernel refuses a mixture."""
     served = serve(before)
-    began, _ = doors.open(served)
+    began, _ = backings.open(served)
     set_dax(served, after)
-    assert doors.open(served)[0] is began
-    assert doors.describe(served) == (began, "its open files began that way; close them all")
-    doors.close(served)
-    assert doors.open(served)[0] is began
-    doors.close(served)
-    doors.close(served)
+    assert backings.open(served)[0] is began
+    assert backings.describe(served) == (began, "its open files began that way; close them all")
+    backings.close(served)
+    assert backings.open(served)[0] is began
+    backings.close(served)
+    backings.close(served)
     assert not kernel.open
-    assert doors.open(served)[0] is not began
-    doors.close(served)
+    assert backings.open(served)[0] is not began
+    backings.close(served)
 
 
 @pytest.mark.parametrize(("dax", "changes"), [("auto", 1), ("fast", 1), ("off", 0)])
 def test_a_sync_covers_what_clients_stored(
     serve: Callable[..., Served],
-    doors: Passthrough,
+    backings: Passthrough,
     monkeypatch: pytest.MonkeyPatch,
     dax: Dax,
     changes: int,
@@ -254,12 +254,12 @@ def test_a_sync_covers_what_clients_stored(
     monkeypatch.setattr(
         served.namespace.media.durability, "layout_changed", lambda: told.append("changed")
     )
-    doors.synced(served)
+    backings.synced(served)
     assert told == [], "nobody has it open"
-    doors.open(served)
-    doors.synced(served)
+    backings.open(served)
+    backings.synced(served)
     assert len(told) == changes
-    doors.close(served)
+    backings.close(served)
 
 
 # ---- past the end
@@ -273,60 +273,60 @@ def grow(served: Served, length: int) -> None:
 
 @pytest.mark.parametrize("when", ["sync", "close"])
 def test_what_a_fast_client_wrote_past_the_end_is_cut_off_with_a_warning(
-    serve: Callable[..., Served], doors: Passthrough, logged: LogRecord, when: str
+    serve: Callable[..., Served], backings: Passthrough, logged: LogRecord, when: str
 ) -> None:
     served = serve("fast")
-    doors.open(served)
-    doors.open(served)
+    backings.open(served)
+    backings.open(served)
     grow(served, 5000)
-    doors.synced(served) if when == "sync" else doors.close(served)
+    backings.synced(served) if when == "sync" else backings.close(served)
     record = logged.expect("a client wrote past the end: what it wrote there is cut off")
     assert (record["name"], record["bytes"]) == ("ns", 5000)
     assert served.namespace.media.path.stat().st_size == SIZE
-    doors.synced(served)
-    doors.close(served)
+    backings.synced(served)
+    backings.close(served)
 
 
 @pytest.mark.parametrize("dax", ["auto", "off"])
 def test_where_the_daemon_sees_every_write_nothing_is_cut(
-    serve: Callable[..., Served], doors: Passthrough, dax: Dax
+    serve: Callable[..., Served], backings: Passthrough, dax: Dax
 ) -> None:
     served = serve(dax)
-    doors.open(served)
+    backings.open(served)
     grow(served, 5000)
-    doors.synced(served)
-    doors.close(served)
+    backings.synced(served)
+    backings.close(served)
     assert served.namespace.media.path.stat().st_size == SIZE + 5000
 
 
 def test_a_read_only_file_is_not_ours_to_cut(
-    serve: Callable[..., Served], doors: Passthrough, directory: Path
+    serve: Callable[..., Served], backings: Passthrough, directory: Path
 ) -> None:
     (directory / "media.img").write_bytes(bytes(SIZE))
     served = serve("fast", read_only=True)
-    assert doors.open(served)[0] is Way.FAST
+    assert backings.open(served)[0] is Way.FAST
     grow(served, 5000)
-    doors.close(served)
+    backings.close(served)
     assert served.namespace.media.path.stat().st_size == SIZE + 5000
 
 
 def test_an_end_that_cannot_be_cut_keeps_no_id(
     serve: Callable[..., Served],
-    doors: Passthrough,
+    backings: Passthrough,
     kernel: BackingFiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served = serve("fast")
-    doors.open(served)
+    backings.open(served)
 
     def fail() -> int:
         raise OSError(errno.EIO, "disk")
 
     monkeypatch.setattr(served.namespace.media, "cut_excess", fail)
     with pytest.raises(OSError, match="disk"):
-        doors.close(served)
+        backings.close(served)
     assert (kernel.open, served.dax_opens) == ({}, 0)
-    assert doors.open(served)[1] == kernel.given, "a new one"
+    assert backings.open(served)[1] == kernel.given, "a new one"
 
 
 # ---- the mount's end
@@ -335,16 +335,16 @@ def test_an_end_that_cannot_be_cut_keeps_no_id(
 @pytest.mark.parametrize("dax", ["auto", "fast", "off"])
 def test_opens_end_with_their_mount_though_nobody_releases_them(
     serve: Callable[..., Served],
-    doors: Passthrough,
+    backings: Passthrough,
     kernel: BackingFiles,
     logged: LogRecord,
     dax: Dax,
 ) -> None:
     served = serve(dax)
     for _ in range(2):
-        doors.open(served)
+        backings.open(served)
     grow(served, 5000)
-    doors.disconnected()
+    backings.disconnected()
     assert (kernel.open, served.dax_opens) == ({}, 0)
     left = 0 if dax == "fast" else 5000
     if dax == "fast":
@@ -353,14 +353,14 @@ def test_opens_end_with_their_mount_though_nobody_releases_them(
 
 
 def test_a_kernel_that_forgot_the_id_with_the_mount_does_not_keep_the_opens(
-    serve: Callable[..., Served], doors: Passthrough, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Served], backings: Passthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = serve()
-    doors.open(served)
+    backings.open(served)
 
     def fail(_device: int, _backing: int) -> None:
         raise OSError(errno.ENOTCONN, "gone")
 
     monkeypatch.setattr(passthrough, "unregister", fail)
-    doors.disconnected()
+    backings.disconnected()
     assert served.dax_opens == 0

@@ -72,7 +72,7 @@ class Statistics(msgspec.Struct, frozen=True):
     files: int
 
 
-Work = tuple[Namespace, Command]
+Target = tuple[Namespace, Command]  # what an operation is to be done to, and how
 
 
 def refuse(code: int) -> OSError:
@@ -163,7 +163,7 @@ class Files:
 
     # ---- the data, as commands
 
-    def to_read(self, inode: int, offset: int, length: int) -> Work:
+    def to_read(self, inode: int, offset: int, length: int) -> Target:
         """Up to `length` bytes, fewer at the end of the file, none past it."""
         namespace = self.served(inode).namespace
         room = namespace.size - offset
@@ -171,7 +171,7 @@ class Files:
             length = max(0, room)
         return namespace, Command(READ, 0, offset if length else 0, length)
 
-    def to_write(self, inode: int, offset: int, data: "bytes | memoryview") -> Work:
+    def to_write(self, inode: int, offset: int, data: "bytes | memoryview") -> Target:
         """All of `data`, or what fits before the end; ENOSPC when nothing does."""
         namespace = self.served(inode).namespace
         length = len(data)
@@ -182,10 +182,10 @@ class Files:
             length, data = room, memoryview(data)[:room]
         return namespace, Command(WRITE, 0, offset, length, payload=data)
 
-    def to_sync(self, inode: int) -> Work:
+    def to_sync(self, inode: int) -> Target:
         return self.served(inode).namespace, Command(FLUSH, 0, 0, 0)
 
-    def to_allocate(self, inode: int, mode: int, offset: int, length: int) -> Work:
+    def to_allocate(self, inode: int, mode: int, offset: int, length: int) -> Target:
         """fallocate(2): memory for a range, a hole, or zeroes. The size never changes.
 
         A hole may reach past the end, where there is nothing; the others find no space there.
@@ -203,7 +203,7 @@ class Files:
             return namespace, Command(WRITE_ZEROES, ALLOCATE, offset, length)
         return namespace, Command(PREALLOCATE, 0, offset, length)
 
-    def to_seek(self, inode: int, offset: int, whence: int) -> Work:
+    def to_seek(self, inode: int, offset: int, whence: int) -> Target:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; `found` reads the answer."""
         namespace = self.served(inode).namespace
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):

@@ -72,8 +72,10 @@ class KernelEngine:
         self._mountpoint = mountpoint
         self._allow_other = allow_other
         self._options = options
-        self._doors = Passthrough()
-        self._session = Session(files, self._doors, request_timeout_seconds=request_timeout_seconds)
+        self._backings = Passthrough()
+        self._session = Session(
+            files, self._backings, request_timeout_seconds=request_timeout_seconds
+        )
         self._spinner = spinner
         self._fd = -1
         self._poll = select.poll()
@@ -81,7 +83,7 @@ class KernelEngine:
         self._buffer = _resident_buffer()
         self._stop = trio.Event()
         self._serving = trio.CancelScope()
-        self._works: trio.Nursery
+        self._waiting: trio.Nursery
 
     # ---- the mount
 
@@ -98,7 +100,7 @@ class KernelEngine:
         except BaseException:
             self.unmount()
             raise
-        self._doors.attach(
+        self._backings.attach(
             self._fd,
             minor=0 if self._mount is None else self._mount.minor,
             refusal=self._passthrough_refusal(),
@@ -139,7 +141,7 @@ class KernelEngine:
 
     def dax(self, served: Served) -> tuple[Way, str]:
         """How the bytes of its file go, and why not another way."""
-        return self._doors.describe(served)
+        return self._backings.describe(served)
 
     def forget_name(self, _name: str) -> None:
         """The kernel asks for every name anew."""
@@ -152,14 +154,14 @@ class KernelEngine:
 
     async def run(self) -> None:
         """Until `stop`, or until somebody unmounts."""
-        async with trio.open_nursery() as works:
-            self._works = works
+        async with trio.open_nursery() as waiting:
+            self._waiting = waiting
             with self._serving:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._unmount_when_told)
                     await self._serve()
                     nursery.cancel_scope.cancel()
-        self._doors.disconnected()
+        self._backings.disconnected()
 
     def stop(self) -> None:
         """No further requests; what has arrived is still answered."""
@@ -268,7 +270,7 @@ class KernelEngine:
         else:
             for work in works:
                 if id(work.command) in waiting:
-                    self._works.start_soon(self._complete, work)
+                    self._waiting.start_soon(self._complete, work)
                 else:
                     self._answer(work)
         finally:

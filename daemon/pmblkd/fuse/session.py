@@ -68,7 +68,7 @@ class Work(msgspec.Struct, gc=False):
     whence: int = 0
 
 
-class Doors(Protocol):
+class Backings(Protocol):
     """Lets clients through to the media; see `pmblkd.fuse.passthrough`."""
 
     def open(self, served: Served) -> tuple[Way, int]:
@@ -91,9 +91,11 @@ class Session:
     `minor` is 0 until the kernel has said hello, and `refusal` says why it cannot be served.
     """
 
-    def __init__(self, files: Files, doors: Doors, *, request_timeout_seconds: int = 0) -> None:
+    def __init__(
+        self, files: Files, backings: Backings, *, request_timeout_seconds: int = 0
+    ) -> None:
         self._files = files
-        self._doors = doors
+        self._backings = backings
         self._request_timeout_seconds = request_timeout_seconds
         self.minor = 0
         self.agreed = Init(0)
@@ -258,14 +260,14 @@ class Session:
         flags, _ = wire.OPEN_IN.unpack_from(body)
         served = self._files.open(inode, flags)
         try:
-            way, backing = self._doors.open(served)
+            way, backing = self._backings.open(served)
         except BaseException:
             self._files.release(inode)
             raise
         return _reply(unique, wire.OPEN_OUT.pack(inode, way.open_flags, backing))
 
     def _release(self, unique: int, inode: int, _body: memoryview) -> Reply:
-        self._doors.close(self._files.release(inode))
+        self._backings.close(self._files.release(inode))
         return _reply(unique)
 
     def _ioctl(self, unique: int, inode: int, body: memoryview) -> Reply:
@@ -293,7 +295,7 @@ class Session:
 
     def _fsync(self, unique: int, inode: int, _body: memoryview) -> Work:
         served = self._files.served(inode)
-        self._doors.synced(served)
+        self._backings.synced(served)
         return Work(unique, *self._files.to_sync(inode))
 
     def _fallocate(self, unique: int, inode: int, body: memoryview) -> Work:
