@@ -18,7 +18,7 @@ from pmblk import PmblkError
 from pmblk.pages import PAGE_BYTES
 from pmblkd import loop, mounts
 from pmblkd.errors import WorkFailed
-from pmblkd.mounts import Health
+from pmblkd.mounts import State
 from pmblkd.programs import run
 from pmblkd.reports import NamespaceReport
 
@@ -72,10 +72,10 @@ def _living_mount(mountpoint: Path) -> mounts.Mount:
         raise PmblkError(
             f"nothing is mounted on {mountpoint} any more", hint="start the daemon again"
         )
-    state = mounts.health(mount)
-    if state is Health.SILENT:
+    state = mounts.state_of(mount)
+    if state is State.SILENT:
         raise mounts.silence(mount)
-    if state is Health.DEAD:
+    if state is State.DEAD:
         raise WorkFailed(
             f"the kernel has ended the mount on {mountpoint}", hint="start the daemon again"
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 
 from pmblk import PmblkError
-from pmblkd import attach, connections, control, loop, mounts, report_of
+from pmblkd import attach, control, fuse_connections, loop, mounts, report_of
 from pmblkd.config import Config
 from pmblkd.errors import WorkFailed
-from pmblkd.mounts import Health
+from pmblkd.mounts import State
 from pmblkd.programs import run
 from pmblkd.reports import DetachAllReport, NamespaceReport, Refusal
 
@@ -145,13 +145,13 @@ def _ours(mountpoint: Path) -> mounts.Mount | None:
 def _silent(mountpoint: Path | None) -> mounts.Mount | None:
     """Our mount there, if it does not answer: who touches its devices may wait with the others."""
     mount = None if mountpoint is None else _ours(mountpoint)
-    return mount if mount is not None and mounts.health(mount) is Health.SILENT else None
+    return mount if mount is not None and mounts.state_of(mount) is State.SILENT else None
 
 
 def _cut_off(mount: mounts.Mount) -> None:
     """Everybody who waits for it gets an error. Raises PmblkError."""
-    connections.abort(mount.minor)
-    if mounts.health(mount) is Health.SILENT:
+    fuse_connections.abort(mount.minor)
+    if mounts.state_of(mount) is State.SILENT:
         raise WorkFailed(f"the mount on {mount.path} was cut off and hangs", hint="end its daemon")
 
 

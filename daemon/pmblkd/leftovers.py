@@ -16,7 +16,7 @@ import structlog
 from pmblk import PmblkError
 from pmblkd import loop, mounts
 from pmblkd.errors import WorkFailed
-from pmblkd.mounts import Health
+from pmblkd.mounts import State
 
 # Then the kernel has to ask about a file again: more than ATTRIBUTE_SECONDS of `pmblkd.fuse.files`,
 # which lies above this.
@@ -68,7 +68,7 @@ def is_dead(device: Path, mountpoint: Path) -> bool:
         return True
     mount = mounts.find(mountpoint)
     if mount is not None and number == mount.number:
-        return mounts.health(mount) is Health.DEAD
+        return mounts.state_of(mount) is State.DEAD
     time.sleep(FORGET_SECONDS)  # a mount that we cannot ask: its daemon may just have died
     return not loop.file_system_of(device)
 

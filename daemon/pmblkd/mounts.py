@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pmblk import PmblkError
-from pmblkd import connections
+from pmblkd import fuse_connections
 from pmblkd.errors import WorkFailed
 from pmblkd.programs import NotEnded, run
 
@@ -38,7 +38,7 @@ class Mount(msgspec.Struct, frozen=True):
         return f"0:{self.minor}"
 
 
-class Health(enum.Enum):
+class State(enum.Enum):
     """Of a mount. A DEAD one has lost its daemon, a SILENT one has one that does not answer."""
 
     ALIVE = "alive"
@@ -71,18 +71,18 @@ def find_device(device: str) -> Mount | None:
     )
 
 
-def health(mount: Mount) -> Health:
+def state_of(mount: Mount) -> State:
     """Asked by a child; what is no FUSE mount is alive."""
     if not mount.file_system.startswith("fuse"):
-        return Health.ALIVE
+        return State.ALIVE
     try:
         run("stat", "--file-system", str(mount.path), seconds=ANSWER_SECONDS)
     except NotEnded:
-        return Health.SILENT
+        return State.SILENT
     except WorkFailed as error:
         if any(words in error.message for words in DEAD_WORDS):
-            return Health.DEAD
-    return Health.ALIVE
+            return State.DEAD
+    return State.ALIVE
 
 
 def unmount(path: Path) -> None:
@@ -101,12 +101,12 @@ def unmount(path: Path) -> None:
 def is_dead(path: Path) -> bool:
     """Whether the topmost mount there has lost its daemon."""
     mount = find(path)
-    return mount is not None and health(mount) is Health.DEAD
+    return mount is not None and state_of(mount) is State.DEAD
 
 
 def silence(mount: Mount) -> WorkFailed:
     """What there is to say of a SILENT mount, to be raised."""
-    pids = connections.servers(mount.minor)
+    pids = fuse_connections.servers(mount.minor)
     owner = (
         f"process {pids[0]}, which serves {mount.path}," if pids else f"{mount.path}: its daemon"
     )
@@ -125,10 +125,10 @@ def check_mountpoint(path: Path) -> None:
     _check_above(path)
     mount = find(path)
     if mount is not None:
-        state = health(mount)
-        if state is Health.DEAD:
+        state = state_of(mount)
+        if state is State.DEAD:
             return
-        if state is Health.SILENT:
+        if state is State.SILENT:
             raise silence(mount)
         raise PmblkError(
             f"{path} is a mountpoint in use ({mount.file_system})",
@@ -156,10 +156,10 @@ def _check_above(path: Path) -> None:
         mount = find(parent)
         if mount is None:
             continue
-        state = health(mount)
-        if state is Health.SILENT:
+        state = state_of(mount)
+        if state is State.SILENT:
             raise silence(mount)
-        if state is Health.DEAD:
+        if state is State.DEAD:
             raise PmblkError(
                 f"{path} lies below {parent}, a mount that has lost its daemon",
                 hint=f"run: umount --lazy {parent}",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import attach, connections, loop, mounts
+from pmblkd import attach, fuse_connections, loop, mounts
 from pmblkd.errors import WorkFailed
 from pmblkd.reports import FuseReport
 from tests.harness.command_line import answer, ask, complaint, pmblk
@@ -228,7 +228,7 @@ def test_nothing_is_attached_when_the_mount_has_ended() -> None:
         assert mount is not None
         namespace = namespace_report(name="data", fuse=fuse_report(daemon))
         os.kill(daemon.pid, signal.SIGSTOP)  # it would go, with its mount
-        connections.abort(mount.minor)
+        fuse_connections.abort(mount.minor)
         with pytest.raises(WorkFailed, match=r"the kernel has ended the mount on .*/mnt"):
             attach.attach(namespace, via="loop")
         mounts.unmount(mount.path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pmblkd import connections, mounts
+from pmblkd import fuse_connections, mounts
 from tests.e2e.conftest import wait_for
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import drop_loop, guarded, make, mounted, run
@@ -123,7 +123,7 @@ def test_with_holes_and_in_one_group_all_wait_until_somebody_cuts_the_daemon_off
         assert state(daemon.pid) == "D"
         mount = mounts.find(daemon.directory / "mnt")
         assert mount is not None
-        connections.abort(mount.minor)
+        fuse_connections.abort(mount.minor)
         assert writer.wait(END_SECONDS) == 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pmblkd import connections, mounts
+from pmblkd import fuse_connections, mounts
 from tests.e2e.conftest import wait_for
 from tests.e2e.test_fuse_files import opened, refused
 from tests.harness.command_line import complaint, pmblk
@@ -214,7 +214,7 @@ def test_a_mount_that_the_kernel_ends_is_an_error_and_exports_live_on(with_nbd: 
     with running(CONFIG if with_nbd else CONFIG.replace(nbd, "")) as daemon:
         mount = mounts.find(daemon.directory / "mnt")
         assert mount is not None
-        connections.abort(mount.minor)
+        fuse_connections.abort(mount.minor)
         wait_for(lambda: "the kernel has ended the mount" in daemon.log)
         if with_nbd:
             assert int(run("nbdinfo", "--size", daemon.uri("data"))) == SIZE

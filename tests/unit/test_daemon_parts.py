@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import attach, connections, leftovers, mounts, programs, systemd
+from pmblkd import attach, fuse_connections, leftovers, mounts, programs, systemd
 from pmblkd.errors import WorkFailed
 from pmblkd.fuse.files import ATTRIBUTE_SECONDS
 from pmblkd.listen import TcpAddress, UnixAddress, bind, check_free
@@ -75,10 +75,10 @@ def test_a_program_that_fails_has_its_words_passed_on() -> None:
 def test_a_connection_that_has_ended_is_aborted_without_complaint() -> None:
     """Nobody has a number that large; without root there is nothing to be done at all."""
     if os.geteuid() == 0:
-        connections.abort(1 << 20)
+        fuse_connections.abort(1 << 20)
     else:
         with pytest.raises(PmblkError, match="it takes root"):
-            connections.abort(1 << 20)
+            fuse_connections.abort(1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pmblk import PmblkError
-from pmblkd import attach, connections, control, loop, mounts
+from pmblkd import attach, control, fuse_connections, loop, mounts
 from pmblkd.compare.contenders import Contender
 from pmblkd.compare.flush import flush_seconds
 from pmblkd.compare.interrupts import Interrupts
@@ -202,7 +202,7 @@ def loop_refusal() -> str:
     """Why this process cannot attach a loop device to a FUSE file; or nothing."""
     if os.geteuid() != 0:
         return "it takes root"
-    for device in (connections.DEVICE, loop.CONTROL):
+    for device in (fuse_connections.DEVICE, loop.CONTROL):
         if not device.exists():
             return f"this machine has no {device}"
     return ""

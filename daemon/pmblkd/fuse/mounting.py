@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media.syscalls import checked
-from pmblkd.connections import DEVICE
+from pmblkd.fuse_connections import DEVICE
 
 SUBTYPE = "pmblk"
 HELPER_SECONDS = 10
