@@ -1,14 +1,15 @@
 """The config file: TOML to typed tables, and every rule about them. Pure but for reading the file.
 
 An unknown key, a wrong type or a rule that is broken is a `ConfigError` with the file, the key and
-a hint. Whether the world is as the config says (directories, sockets, mounts) is `preflight`'s.
+a hint; what msgspec finds is worded in `config_words`. Whether the world is as the config says
+(directories, sockets, mounts) is `preflight`'s.
 """
 
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from msgspec.structs import replace
 from pmblk.media.reserve import FILE_UNIT_BYTES, reserve_bytes
 from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
 from pmblk.units import parse_size
+from pmblkd import config_words
 from pmblkd.errors import ConfigError, RepresentationError, did_you_mean
 from pmblkd.links import without_links
 from pmblkd.listen import Address, UnixAddress, parse_address
@@ -166,6 +168,16 @@ class Config(_Table, frozen=True):
         return chosen or self.namespace[0].name
 
 
+_TABLES: dict[str, type[_Table]] = {
+    "": Config,
+    "namespace": NamespaceConfig,
+    "nbd": NbdConfig,
+    "fuse": FuseConfig,
+    "control": ControlConfig,
+    "daemon": DaemonConfig,
+}
+
+
 def load(file: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and check. `overrides` are `key=value` with a dotted key (`nbd.default=a`).
 
@@ -183,75 +195,12 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = msgspec.convert(raw, Config)
     except msgspec.ValidationError as error:
-        raise _explain(file, raw, str(error)) from None
+        raise config_words.explain(file, raw, _TABLES, str(error)) from None
     _check(file, config)
     if config.fuse is None:
         return config
     place = str(without_links(Path(config.fuse.mountpoint)))
     return replace(config, fuse=replace(config.fuse, mountpoint=place))
-
-
-# ---- msgspec's words into ours
-
-
-_UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`(?: - at `\$(.*?)`)?")
-_MISSING = re.compile(r"Object missing required field `(.+?)`(?: - at `\$(.*?)`)?")
-_WRONG = re.compile(r"(.+?) - at `\$(.*?)`")
-
-
-def _explain(file: Path, raw: dict[str, Any], text: str) -> ConfigError:
-    if match := _UNKNOWN.fullmatch(text):
-        field, place = match[1], (match[2] or "").lstrip(".")
-        return ConfigError(file, _join(place, field), "unknown key", hint=_suggest(place, field))
-    if match := _MISSING.fullmatch(text):
-        field, place = match[1], (match[2] or "").lstrip(".")
-        return ConfigError(file, _join(place, field), "missing", hint=f"add {field} = ...")
-    if match := _WRONG.fullmatch(text):
-        message = match[1].replace("`", "").replace("Expected", "expected")
-        message = message.replace("array", "list").replace("object", "table")
-        place = match[2].lstrip(".")
-        hint = _words(place) or _found(raw, match[2])
-        return ConfigError(file, place, message, hint=hint)
-    return ConfigError(file, "", text)
-
-
-def _join(place: str, field: str) -> str:
-    return f"{place}.{field}" if place else field
-
-
-def _suggest(place: str, field: str) -> str:
-    table = _table(place)
-    return did_you_mean(field, table.__struct_fields__ if table else ())
-
-
-def _words(place: str) -> str:
-    """What the key may be, where that is one of a few words."""
-    table, _, key = place.rpartition(".")
-    found = _table(table)
-    return "" if found is None else _choices(found, key)
-
-
-def _table(place: str) -> type[_Table] | None:
-    """The table at msgspec's path, without the dot that it begins with."""
-    tables: dict[str, type[_Table]] = {
-        "": Config,
-        "namespace": NamespaceConfig,
-        "nbd": NbdConfig,
-        "fuse": FuseConfig,
-        "control": ControlConfig,
-        "daemon": DaemonConfig,
-    }
-    return tables.get(re.sub(r"\[.*?\]", "", place))
-
-
-def _found(raw: Any, path: str) -> str:
-    """The value at msgspec's path, to show what was written there."""
-    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        try:
-            raw = raw[name] if name else raw[int(index)]
-        except (KeyError, IndexError, TypeError):
-            return ""
-    return f"found {raw!r}"
 
 
 # ---- rules that types cannot say
@@ -339,35 +288,7 @@ def parse_representation(
     try:
         return parse_options(kind, options, strict=strict)
     except msgspec.ValidationError as error:
-        raise _explain_options(kind, options, str(error)) from None
-
-
-def _explain_options(kind: str, options: Mapping[str, Any], text: str) -> RepresentationError:
-    if match := _UNKNOWN.fullmatch(text):
-        known = KINDS[kind].Options.__struct_fields__
-        hint = did_you_mean(match[1], known) or f"{kind} has no options"
-        return RepresentationError(match[1], "unknown key", hint=hint)
-    if match := _WRONG.fullmatch(text):
-        option = match[2].lstrip(".")
-        found = options.get(option)
-        if choices := _choices(KINDS[kind].Options, option):
-            return RepresentationError(option, f"{found!r} is not known", hint=choices)
-        message = match[1].replace("`", "").replace("Expected", "expected")
-        return RepresentationError(option, message, hint=f"found {found!r}")
-    # A ValueError of the options themselves begins with the option's name, where it is theirs.
-    known = KINDS[kind].Options.__struct_fields__
-    option, _, message = text.partition(" ")
-    if option in known:
-        return RepresentationError(option, message)
-    return RepresentationError(known[0] if len(known) == 1 else "", text.replace("`", ""))
-
-
-def _choices(table: type[msgspec.Struct], key: str) -> str:
-    """What the key of a table may be, where that is one of a few words."""
-    choices = get_args(get_type_hints(table).get(key))
-    if not choices or not all(isinstance(choice, str) for choice in choices):
-        return ""
-    return "choose " + " or ".join(f'"{choice}"' for choice in choices)
+        raise config_words.explain_options(kind, options, str(error)) from None
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:

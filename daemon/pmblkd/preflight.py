@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pmblk import PmblkError
 from pmblk.media import syscalls
-from pmblk.media.pmem import inspect
+from pmblk.media.opening import inspect
 from pmblk.representations import KINDS
 from pmblkd import leftovers, loop, mounts, rights
 from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig

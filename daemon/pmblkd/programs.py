@@ -1,8 +1,8 @@
-"""Running a program that may touch a mount whose daemon hangs: nobody waits longer than he says.
+"""Running a program that may touch a mount whose daemon hangs: nobody waits longer than they say.
 
 Whoever waits for such a mount cannot always be killed, so a program that is too late gets SIGKILL
 and is left alone: it ends when the mount does. Only the command line and the start of the daemon
-come here; whoever serves touches no mount of his own.
+come here; whoever serves touches no mount of their own.
 """
 
 import contextlib

@@ -33,7 +33,7 @@ def rights_of(fuse: FuseConfig) -> Rights:
 
 
 def _user(name: str) -> tuple[int, int]:
-    """The user's number, and that of his group."""
+    """The user's number, and that of their group."""
     number = _number(name)
     try:
         entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)

@@ -46,29 +46,38 @@ class Engine(Protocol):
 
 def mounted(fuse: FuseConfig, files: Files, spinner: Spinner) -> Engine:
     """The engine of the config, with its mount. Raises PmblkError."""
-    mountpoint = Path(fuse.mountpoint)
-    kernel = KernelEngine(
-        files,
-        mountpoint,
-        allow_other=fuse.allow_other,
-        options=fuse.options,
-        request_timeout_seconds=fuse.request_timeout_seconds,
-        spinner=spinner,
-    )
-    pyfuse3 = Pyfuse3Engine(files, mountpoint, allow_other=fuse.allow_other, options=fuse.options)
     if fuse.engine == "pyfuse3":
-        pyfuse3.mount()
-        return pyfuse3
+        return _pyfuse3_mounted(fuse, files)
     try:
-        kernel.mount()
-        return kernel
+        return _kernel_mounted(fuse, files, spinner)
     except PmblkError as error:
         if fuse.engine == "kernel":
             raise
         refusal = error
     try:
-        pyfuse3.mount()
+        pyfuse3 = _pyfuse3_mounted(fuse, files)
     except PmblkError:
         raise refusal from None  # it says more
     _log.warning("no kernel engine: pyfuse3 serves the files", reason=str(refusal))
+    return pyfuse3
+
+
+def _kernel_mounted(fuse: FuseConfig, files: Files, spinner: Spinner) -> KernelEngine:
+    kernel = KernelEngine(
+        files,
+        Path(fuse.mountpoint),
+        allow_other=fuse.allow_other,
+        options=fuse.options,
+        request_timeout_seconds=fuse.request_timeout_seconds,
+        spinner=spinner,
+    )
+    kernel.mount()
+    return kernel
+
+
+def _pyfuse3_mounted(fuse: FuseConfig, files: Files) -> Pyfuse3Engine:
+    pyfuse3 = Pyfuse3Engine(
+        files, Path(fuse.mountpoint), allow_other=fuse.allow_other, options=fuse.options
+    )
+    pyfuse3.mount()
     return pyfuse3

@@ -80,8 +80,10 @@ def refuse(code: int) -> OSError:
 
 
 class Files:
-    """`punch`: a hole that is punched gives its memory back; else it is zeroed and keeps it, so
-    that no write to it ever has to find memory (which may be what the kernel is short of).
+    """The mount's files.
+
+    `punch`: a hole that is punched gives its memory back; else it is zeroed and keeps it, so that
+    no write to it ever has to find memory (which may be what the kernel is short of).
     """
 
     def __init__(

@@ -170,7 +170,7 @@ class KernelEngine:
     async def _unmount_when_told(self) -> None:
         """Off the tree while we still answer, so that dirty pages of clients can reach us.
 
-        That ends the mount, and `run` with it, unless somebody has a file open: he is cut off.
+        That ends the mount, and `run` with it, unless somebody has a file open: they are cut off.
         """
         await self._stop.wait()
         with trio.move_on_after(UNMOUNT_SECONDS):
