@@ -3,7 +3,7 @@
 The buffer is a mapping of one namespace's media, the device is another namespace behind a loop
 device: get_user_pages on the mapping, a bio, the driver; no copy in between. The media are mapped
 by their own file, or by their file on the daemon's mount, which is the same memory. The recipe with
-fio is in docs/representations.md.
+fio is in docs/dax.md.
 """
 
 import contextlib

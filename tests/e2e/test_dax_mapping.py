@@ -123,21 +123,27 @@ def test_whatever_one_stores_all_others_see_at_once(daemon: Daemon, name: str) -
 
 
 @pytest.mark.parametrize("name", OFF)
-def test_without_dax_a_mapping_is_seen_after_msync_and_by_no_one_before(
+def test_without_dax_nbd_sees_a_store_after_msync_and_other_mappings_at_once(
     daemon: Daemon, name: str
 ) -> None:
+    """And so does read(2). It comes last: the kernel writes back what it is asked for."""
     with (
         mapping(daemon, name) as one,
+        mapping(daemon, name) as other,
         client_of(file_of(daemon, name)) as reader,
         client(daemon, name) as nbd,
     ):
         for offset in range(0, MIB, 123 * 1024):
-            before, after = bytes(nbd.pread(5000, offset)), os.urandom(5000)
+            before = bytes(nbd.pread(5000, offset))
+            after, later = os.urandom(5000), os.urandom(5000)
             one.store(offset, after)
+            assert other.load(offset, 5000) == after
             assert bytes(nbd.pread(5000, offset)) == before
             one.msync()
             assert bytes(nbd.pread(5000, offset)) == after
-            assert reader.read(offset, 5000) == after
+            other.store(offset, later)
+            assert bytes(nbd.pread(5000, offset)) == after
+            assert reader.read(offset, 5000) == one.load(offset, 5000) == later
 
 
 @pytest.mark.parametrize("name", OFF)
@@ -157,7 +163,11 @@ def test_without_dax_whoever_opens_the_file_anew_maps_what_was_written_since(
     daemon: Daemon, name: str
 ) -> None:
     """By NBD, of which the kernel hears nothing; what FUSE clients write it knows at once."""
-    with mapping(daemon, name) as one, client(daemon, name) as nbd:
+    with (
+        mapping(daemon, name) as one,
+        client_of(file_of(daemon, name)) as writer,
+        client(daemon, name) as nbd,
+    ):
         for turn in range(20):
             offset = 5 * MIB + turn * 5000
             one.load(offset, 5000)  # it is in the page cache now
@@ -165,7 +175,7 @@ def test_without_dax_whoever_opens_the_file_anew_maps_what_was_written_since(
             nbd.pwrite(there, offset)
             with mapping(daemon, name) as other:
                 assert other.load(offset, 5000) == there
-            one.write(offset, here)
+            writer.write(offset, here)
             assert one.load(offset, 5000) == here
 
 

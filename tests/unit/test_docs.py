@@ -24,6 +24,27 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_a_section_lead_to_one(document: Path) -> None:
+    for name, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text()):
+        linked = document.parent / name if name else document
+        assert anchor in anchors(linked), f"{name}#{anchor}"
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as GitHub makes them. What is in a block of code is none."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+def test_decisions_are_numbered_one_after_the_other() -> None:
+    decisions = sorted(ROOT.glob("docs/decisions/*.md"))
+    for number, decision in enumerate(decisions, start=1):
+        assert decision.name.startswith(f"{number:04}-")
+        assert decision.read_text().startswith(f"# {number}. ")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_are_named_exist(document: Path) -> None:
     for name in re.findall(
         r"`((?:pmblkd?|configs|systemd|tests|bench)/[\w./-]+)`", document.read_text()
