@@ -226,7 +226,7 @@ def test_nothing_is_attached_when_the_mount_has_ended() -> None:
     with served() as daemon:
         mount = mounts.find(daemon.directory / "mnt")
         assert mount is not None
-        namespace = namespace_report(name="data", fuse=fuse_report(daemon))
+        namespace = daemon.report("data")
         os.kill(daemon.pid, signal.SIGSTOP)  # it would go, with its mount
         fuse_connections.abort(mount.minor)
         with pytest.raises(WorkFailed, match=r"the kernel has ended the mount on .*/mnt"):
@@ -236,11 +236,6 @@ def test_nothing_is_attached_when_the_mount_has_ended() -> None:
             attach.attach(namespace, via="loop")
         assert devices(daemon) == []
         daemon.kill()
-
-
-def fuse_report(daemon: Daemon) -> FuseReport:
-    (report,) = (one["fuse"] for one in daemon.list() if one["name"] == "data")
-    return FuseReport(**report)
 
 
 # ---- detach --all

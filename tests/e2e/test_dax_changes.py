@@ -68,8 +68,9 @@ def served(dax: str = "auto", *, engine: str = "kernel") -> Iterator[tuple[Daemo
 
 
 def way(daemon: Daemon, name: str = "data") -> str:
-    (found,) = (one for one in daemon.list() if one["name"] == name)
-    return str(found["fuse"]["dax"])
+    served = daemon.report(name).fuse
+    assert served is not None
+    return served.dax
 
 
 def assert_coherent(mapper: Client, daemon: Daemon, offset: int) -> None:
@@ -148,8 +149,8 @@ def test_a_namespace_that_leaves_serves_its_mappers_to_the_end(dax: str) -> None
             one.fsync()
             os.pwrite(fd, b"by a descriptor", PAGE)
             assert one.load(PAGE, 15) == b"by a descriptor"
-            (draining,) = (each for each in daemon.list() if each["name"] == "data")
-            assert (draining["users"], draining["draining"]) == (2, True)
+            left = daemon.report("data")
+            assert (left.users, left.draining) == (2, True)
         wait_for(lambda: [each["name"] for each in daemon.list()] == ["other"])
         assert (daemon.directory / "data.img").read_bytes()[:10] == b"to the end"
         assert_no_complaints(daemon)
@@ -198,8 +199,7 @@ def test_no_copies_are_kept_of_media_that_a_client_has_open_or_mapped(dax: str) 
 
 
 def users(daemon: Daemon) -> int:
-    (found,) = (one for one in daemon.list() if one["name"] == "data")
-    return int(found["users"])
+    return daemon.report("data").users
 
 
 def test_a_reload_to_a_kind_that_keeps_copies_is_refused_too_and_done_later() -> None:

@@ -358,7 +358,7 @@ def test_a_sync_by_a_client_syncs_what_the_media_lie_on() -> None:
     with on_ext4() as (daemon, image):
         for way, hears_msync in (("auto", 0), ("fast", 0), ("off", 1)):
             name = f"{way}-extent"
-            assert daemon_says(daemon, name)["durability"] == "file"
+            assert daemon.report(name).durability == "file"
             with mapping(daemon, name) as one:
                 for sync, flushes in ((one.fsync, 1), (one.msync, hears_msync)):
                     stored, written = os.urandom(4096), os.urandom(4096)
@@ -369,11 +369,6 @@ def test_a_sync_by_a_client_syncs_what_the_media_lie_on() -> None:
                     assert counters_of(daemon, name)["flushes"] == before + flushes
                     assert holds(image, stored), (name, sync)
                     assert holds(image, written), (name, sync)
-
-
-def daemon_says(daemon: Daemon, name: str) -> Mapping[str, object]:
-    (found,) = (one for one in daemon.list() if one["name"] == name)
-    return found
 
 
 # ---- fio

@@ -158,8 +158,7 @@ def trim(daemon: Daemon, directory: Path, *, punch: bool) -> None:
 
 
 def allocated(daemon: Daemon) -> int:
-    (namespace,) = daemon.list()
-    return int(namespace["allocated_bytes"])
+    return daemon.report("data").allocated_bytes
 
 
 # ---- the loop device

@@ -75,8 +75,7 @@ def file_of(daemon: Daemon, name: str) -> Path:
 
 
 def allocated(daemon: Daemon, name: str) -> int:
-    (found,) = (one for one in daemon.list() if one["name"] == name)
-    return int(found["allocated_bytes"])
+    return daemon.report(name).allocated_bytes
 
 
 def by_lseek(file: Path) -> Extents:

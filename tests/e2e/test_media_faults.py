@@ -87,19 +87,12 @@ def connect(daemon: Daemon, name: str) -> "contextlib.AbstractContextManager[raw
     return raw.connected(daemon.directory / "nbd.sock", name, structured=True)
 
 
-def report(daemon: Daemon, name: str) -> dict[str, object]:
-    (found,) = [one for one in daemon.list() if one["name"] == name]
-    return found
-
-
 def size_of(daemon: Daemon) -> int:
-    size = report(daemon, "bad")["size_bytes"]
-    assert isinstance(size, int)
-    return size
+    return daemon.report("bad").size_bytes
 
 
 def media_of(daemon: Daemon, name: str = "bad") -> Path:
-    return Path(str(report(daemon, name)["path"]))
+    return Path(daemon.report(name).path)
 
 
 def truncate(daemon: Daemon) -> str:
@@ -141,8 +134,8 @@ def is_known(daemon: Daemon, reason: str) -> None:
     assert len(lines) == 1
     for words in ("level=error", "name=bad", reason, "stop the daemon, restore the file"):
         assert words in lines[0], lines
-    assert report(daemon, "bad")["failure"] == reason
-    assert report(daemon, "good")["failure"] is None
+    assert daemon.report("bad").failure == reason
+    assert daemon.report("good").failure is None
     shown = " ".join(answer(daemon, "list").split())
     assert f"failed: {reason}" in shown
     assert "Traceback" not in daemon.log
@@ -257,7 +250,7 @@ def _attempt(fd: int, what: str) -> int:
 
 def test_media_on_a_disk_fail_alike_and_are_not_made_longer(tmp_path: Path) -> None:
     with served(media=tmp_path) as daemon:
-        assert report(daemon, "bad")["durability"] == "file"
+        assert daemon.report("bad").durability == "file"
         with connect(daemon, "bad") as client:
             reason = truncate(daemon)
             assert client.write(SIZE - MIB, b"y" * MIB) == errno.EIO
@@ -273,7 +266,7 @@ def test_a_file_that_nobody_uses_is_looked_at_and_a_longer_one_is_fine() -> None
         with connect(daemon, "bad") as client:
             assert client.write(0, b"y" * MIB, flags=raw.FUA) == 0
             assert client.read(GONE, MIB) == b"x" * MIB
-        assert report(daemon, "bad")["failure"] is None
+        assert daemon.report("bad").failure is None
         os.truncate(path, LEFT)
         is_known(daemon, f"somebody truncated {path} from {SIZE} to {LEFT} bytes")
 

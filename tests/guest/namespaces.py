@@ -1,7 +1,6 @@
 """What a guest is given of a daemon's namespaces, and what is asked about them from outside."""
 
 from pathlib import Path
-from typing import Any
 
 from tests.harness import qemu
 from tests.harness.daemon import Daemon
@@ -15,7 +14,7 @@ def disk(daemon: Daemon, name: str, *, write_cache: bool = True) -> qemu.NvmeOve
     return qemu.NvmeOverNbd(
         socket=daemon.directory / "nbd.sock",
         export=name,
-        block_bytes=_report(daemon, name)["lba_bytes"],
+        block_bytes=daemon.report(name).lba_bytes,
         write_cache=write_cache,
     )
 
@@ -25,16 +24,17 @@ def dax_file(daemon: Daemon, name: str) -> Path:
 
     Before Linux 6.9 no mapping of a FUSE file is a mapping of the media; then it is these.
     """
-    report = _report(daemon, name)
-    if report["fuse"]["dax"] == "dax":
-        return Path(report["fuse"]["path"])
-    assert "Linux 6.9" in report["fuse"]["dax_reason"], report
-    return Path(report["path"])
+    report = daemon.report(name)
+    assert report.fuse is not None
+    if report.fuse.dax == "dax":
+        return Path(report.fuse.path)
+    assert "Linux 6.9" in report.fuse.dax_reason, report
+    return Path(report.path)
 
 
 def allocated(daemon: Daemon, name: str) -> int:
     """How many bytes of memory it has now."""
-    return int(_report(daemon, name)["allocated_bytes"])
+    return daemon.report(name).allocated_bytes
 
 
 def copy_over_nbd(daemon: Daemon, name: str) -> Path:
@@ -42,8 +42,3 @@ def copy_over_nbd(daemon: Daemon, name: str) -> Path:
     target = daemon.directory / f"{name}.copy"
     program("nbdcopy", daemon.uri(name), str(target))
     return target
-
-
-def _report(daemon: Daemon, name: str) -> dict[str, Any]:
-    (report,) = (each for each in daemon.list() if each["name"] == name)
-    return report

@@ -119,8 +119,16 @@ class Daemon:
         return self._process.poll()
 
     def list(self) -> list[dict[str, Any]]:
-        reports = control.ask(self.socket, "list", list[NamespaceReport])
-        return [dict(msgspec.to_builtins(report)) for report in reports]
+        return [dict(msgspec.to_builtins(report)) for report in self._reports()]
+
+    def report(self, name: str) -> NamespaceReport:
+        """What `list` has of that namespace. AssertionError when there is none of that name."""
+        found = [report for report in self._reports() if report.name == name]
+        assert len(found) == 1, f"{len(found)} namespaces are called {name}"
+        return found[0]
+
+    def _reports(self) -> Sequence[NamespaceReport]:
+        return control.ask(self.socket, "list", list[NamespaceReport])
 
     def stats(self, name: str) -> StatsReport:
         return control.ask(self.socket, "stats", StatsReport, name=name)

@@ -22,7 +22,7 @@ from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import check, make, run
 from tests.harness.programs import assert_no_complaints, wait_for
 from tests.uml import writers
-from tests.uml.devices import attached, await_gone, connect, disconnect, report, take_over
+from tests.uml.devices import attached, await_gone, connect, disconnect, take_over
 
 CONFIG = """
 [[namespace]]
@@ -100,7 +100,7 @@ class Victim:
 
 def attach_victim(daemon: Daemon, name: str) -> Path:
     if name != RIDING:
-        return attach.attach(report(daemon, name), via="nbd")
+        return attach.attach(daemon.report(name), via="nbd")
     return connect(
         daemon,
         name,

@@ -5,8 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from pmblkd import attach, control
-from pmblkd.reports import NamespaceReport
+from pmblkd import attach
 from tests.harness import nbd_netlink
 from tests.harness.daemon import Daemon
 from tests.harness.file_systems import drop_loop, run
@@ -16,15 +15,10 @@ from tests.harness.programs import wait_for
 INFO_BLOCK_SIZE = 3
 
 
-def report(daemon: Daemon, name: str) -> NamespaceReport:
-    reports = control.ask(daemon.socket, "list", list[NamespaceReport])
-    return next(report for report in reports if report.name == name)
-
-
 @contextlib.contextmanager
 def attached(daemon: Daemon, name: str, *, via: attach.Via = "nbd") -> Iterator[Path]:
     """As `pmblk attach NAME --via VIA` does it, but for 3 s of Python's start-up; then detached."""
-    device = attach.attach(report(daemon, name), via=via)
+    device = attach.attach(daemon.report(name), via=via)
     try:
         yield device
     finally:

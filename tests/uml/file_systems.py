@@ -34,7 +34,6 @@ from tests.uml.devices import (
     await_gone,
     connected,
     disconnect,
-    report,
     size_bytes,
     sysfs,
 )
@@ -129,13 +128,13 @@ def life(daemon: Daemon, kind: str) -> str:
 
 def _empty(daemon: Daemon, kind: str, device: Path) -> int:
     """Remove all that a life leaves, and trim: how many bytes of memory came back."""
-    before = report(daemon, "life").allocated_bytes
+    before = daemon.report("life").allocated_bytes
     with mounted(device, daemon.directory / "life") as directory:
         run("find", str(directory), "-mindepth", "1", "-delete")
         run("sync", "--file-system", str(directory))
         run("fstrim", str(directory))
     check(kind, device)
-    freed = before - report(daemon, "life").allocated_bytes
+    freed = before - daemon.report("life").allocated_bytes
     assert freed >= 32 * MIB, f"there were 40 MiB of files, and {freed} bytes came back"
     return freed
 
@@ -145,11 +144,11 @@ def connections(daemon: Daemon) -> str:
     server = ("-unix", str(daemon.directory / "nbd.sock"), "-name", "life")
     run("nbd-client", *server, str(device), "-block-size", "4096", "-connections", "3")
     fio.run([f"--filename={device}", *VERIFY], seconds=60)
-    users = report(daemon, "life").users
+    users = daemon.report("life").users
     assert users == 3, users
     queues = len(list(sysfs(device, "mq").iterdir()))
     disconnect(0)
-    wait_for(lambda: report(daemon, "life").users == 0)
+    wait_for(lambda: daemon.report("life").users == 0)
     return f"{users} connections, {queues} in use"
 
 
@@ -239,7 +238,7 @@ def fuse(engine: str) -> str:
         guarded(daemon, seconds=LIFE_SECONDS),
         attached(daemon, "life", via="loop") as device,
     ):
-        served = report(daemon, "life").fuse
+        served = daemon.report("life").fuse
         assert served is not None
         assert served.engine == engine
         discard = f"DISCARD={'yes' if served.discards else 'no'}"

@@ -20,7 +20,7 @@ from tests.harness.cases import perform
 from tests.harness.daemon import PMBLK, Daemon, scratch
 from tests.harness.file_systems import ProgramError, check, make, run
 from tests.uml import writers
-from tests.uml.devices import attached, report
+from tests.uml.devices import attached
 
 OUT = Path("/run/w")  # the host's: what is written there is there after the power cut
 HONEST, FORGETFUL = Path("/dev/ubda"), Path("/dev/ubdb")
@@ -80,7 +80,7 @@ def begin(daemon: Daemon, name: str, boot: int, stack: contextlib.ExitStack) -> 
 
 def survived(daemon: Daemon, name: str) -> str:
     """What was checked of a namespace after a power cut. Raises what tells of a loss."""
-    assert report(daemon, name).durability == "file"
+    assert daemon.report(name).durability == "file"
     directory = daemon.directory / name
     directory.mkdir()
     with attached(daemon, name) as device:
