@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pmblk.raid.geometry import LEVELS, MEMBERS_MIN, Geometry, layouts_of
-from pmblk.raid.layout import NONE, Place, Stripes, chunk_at, copies
+from pmblk.raid.layout import NONE, Place, Stripes, chunk_at, copies, survives
 
 CHUNK = 4096
 
@@ -62,6 +62,26 @@ def test_little_of_the_members_is_wasted(level: int) -> None:
         used = geometry.chunks * number
         wasted = geometry.members * geometry.member_chunks - used
         assert 0 <= wasted < number * geometry.members
+
+
+@pytest.mark.parametrize("level", MIRRORED)
+def test_an_array_survives_as_long_as_every_chunk_has_a_copy(level: int) -> None:
+    for geometry in geometries((level,), rows=(12,)):
+        for count in range(geometry.members + 1):
+            for missing in itertools.combinations(range(geometry.members), count):
+                whole = all(
+                    any(slot not in missing for slot, _ in copies(geometry, chunk))
+                    for chunk in range(geometry.chunks)
+                )
+                assert survives(geometry, missing) == whole, (name(geometry), missing)
+
+
+@pytest.mark.parametrize("level", WITH_PARITY)
+def test_an_array_with_parity_survives_as_many_losses_as_it_has_parities(level: int) -> None:
+    geometry = shape(level, 5, layouts_of(level)[0])
+    for count in range(6):
+        for missing in itertools.combinations(range(5), count):
+            assert survives(geometry, missing) == (count <= geometry.parities)
 
 
 @pytest.mark.parametrize("level", WITH_PARITY)

@@ -8,7 +8,7 @@ Sources: `raid5_compute_sector` and `raid6_idx_to_slot` in Linux's drivers/md/ra
 `__raid10_find_phys` in raid10.c; md(4) for the names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -86,6 +86,19 @@ def chunk_at(geometry: Geometry, place: Place) -> int | None:
                 return None
         chunk = row * members + (slot - copy) % members
     return chunk if chunk < geometry.chunks else None
+
+
+def survives(geometry: Geometry, missing: Collection[int]) -> bool:
+    """Whether every block of the array can still be had without the members in these slots."""
+    if len(missing) <= geometry.redundancy:
+        return True
+    if geometry.level != 10:
+        return False
+    # Which slots hold a chunk comes round again after as many chunks as there are members.
+    return all(
+        any(slot not in missing for slot, _ in copies(geometry, chunk))
+        for chunk in range(min(geometry.chunks, geometry.members))
+    )
 
 
 # ---- parity: levels 4, 5 and 6

@@ -1,8 +1,10 @@
 """What every member says of itself and of its array: the superblock, byte by byte. Pure.
 
-Two slots of 4 KiB take turns, so a torn write leaves the one before. Both carry the array's event
-count; the newer one that is whole counts. All members of one array carry the same but for `member`,
-so any of them tells the roles of all. A version that is not known is refused and never rewritten.
+Two slots of 4 KiB take turns, so a torn write leaves the one before. All members of one array carry
+the same but for `member`, so any of them tells the roles of all. Two counts order them: `events`
+goes up when a role changes, `generation` with every other update. A change of roles is written to
+all who stay, and then once more as SETTLED; only then may a write skip whoever left. A version that
+is not known is refused and never rewritten.
 
     0        nothing: a boot sector, or another format's label, stays where it is
     4 KiB    slot 0        8 KiB  slot 1
@@ -54,6 +56,7 @@ class Flag(enum.IntFlag):
     INTEGRITY = 1 << 1  # a CRC-32C is kept for each 4 KiB block
     JOURNAL = 1 << 2  # stripes are journaled, so that no write hole is left
     RESHAPING = 1 << 3  # `reshape_members` are on their way, whole up to `reshape_position`
+    SETTLED = 1 << 4  # every member that stays has these roles
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -79,6 +82,7 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     created_ns: int
     updated_ns: int
     events: int
+    generation: int
     geometry: Geometry
     entries: tuple[Entry, ...]
     data_offset: int = DATA_OFFSET
@@ -90,6 +94,11 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     journal_offset: int = 0
     journal_bytes: int = 0
     checksums_offset: int = 0
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """What is larger is newer."""
+        return self.events, self.generation
 
     @property
     def entry_of_itself(self) -> int | None:
@@ -109,8 +118,8 @@ class Absent(SuperblockError):
     """No superblock at all."""
 
 
-# magic, crc, version, array, member, name, created, updated, events
-_IDENTITY = struct.Struct("<8sII16s16s64sQQQ")
+# magic, crc, version, array, member, name, created, updated, events, generation
+_IDENTITY = struct.Struct("<8sII16s16s64sQQQQ")
 # level, layout, members, copies, chunk bytes, member bytes, data offset
 _SHAPE = struct.Struct("<BBHHxxIQQ")
 # flags, resync position, reshape position, reshape members, bitmap chunk, journal offset and bytes,
@@ -122,7 +131,7 @@ _STATE_OFFSET = 256
 _ENTRIES_OFFSET = 1024
 _CRC_OFFSET = 8
 
-assert _IDENTITY.size == 136 <= _SHAPE_OFFSET
+assert _IDENTITY.size == 144 <= _SHAPE_OFFSET
 assert _SHAPE.size == 28 <= _STATE_OFFSET - _SHAPE_OFFSET
 assert _STATE.size == 64 <= _ENTRIES_OFFSET - _STATE_OFFSET
 assert _ENTRY.size == 32
@@ -141,7 +150,8 @@ def encode(superblock: Superblock) -> bytes:
         0,
         *(MAGIC, 0, VERSION),
         *(superblock.array.bytes, superblock.member.bytes, name),
-        *(superblock.created_ns, superblock.updated_ns, superblock.events),
+        *(superblock.created_ns, superblock.updated_ns),
+        *(superblock.events, superblock.generation),
     )
     _SHAPE.pack_into(
         block,
@@ -185,7 +195,7 @@ def decode(block: bytes) -> Superblock:
 
 
 def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
-    array, member, name, created_ns, updated_ns, events = identity
+    array, member, name, created_ns, updated_ns, events, generation = identity
     shape = _SHAPE.unpack_from(block, _SHAPE_OFFSET)
     level, layout, members, copies, chunk_bytes, member_bytes, data_offset = shape
     state = _STATE.unpack_from(block, _STATE_OFFSET)
@@ -209,6 +219,7 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
         created_ns=created_ns,
         updated_ns=updated_ns,
         events=events,
+        generation=generation,
         geometry=geometry,
         entries=tuple(_decode_entry(block, number) for number in range(count)),
         data_offset=data_offset,
@@ -244,5 +255,5 @@ def newest(slots: "tuple[bytes, bytes]") -> tuple[Superblock, int]:
         except SuperblockError as error:
             problems.append(error)
     if found:
-        return max(found, key=lambda one: one[0].events)
+        return max(found, key=lambda one: one[0].age)
     raise next((one for one in problems if not isinstance(one, Absent)), problems[0])
