@@ -112,14 +112,21 @@ def made_whole(stripe: Stripe, members: int, seed: int) -> list[Bytes]:
     return chunks
 
 
-def carry_out(stripe: Stripe, chunks: list[Bytes], segment: Segment, new: dict[int, Bytes]) -> None:
-    """On the members' chunks; what is missing of them may hold anything."""
+def carry_out(
+    stripe: Stripe,
+    chunks: list[Bytes],
+    segment: Segment,
+    new: dict[int, Bytes],
+    *,
+    believed: list[Bytes],
+) -> None:
+    """On the members' `chunks`; `believed` is what reads of them give."""
     rows = slice(segment.start, segment.end)
-    sources = [chunks[slot][rows].copy() for slot in segment.reads]
-    sources += [new[index][rows] for index in segment.written]
+    terms = [believed[slot][rows] for slot in segment.reads]
+    terms += [new[index][rows] for index in segment.written]
     if segment.parity:
         outputs = [chunks[slot][rows] for slot in segment.parity]
-        combine(list(segment.parity.values()), sources, outputs)
+        combine(list(segment.parity.values()), terms, outputs)
     for index in segment.written:
         if stripe.data[index] in segment.stores:
             chunks[stripe.data[index]][rows] = new[index][rows]
@@ -138,6 +145,7 @@ def test_whatever_is_written_and_missing_the_stripe_holds_it(
     parities = 1 + (level == 6)
     slots = st.sets(st.integers(0, members - 1), max_size=parities)
     missing = data.draw(slots)
+    unreadable = data.draw(slots.filter(lambda one: len(missing | one) <= parities))
     edges = st.sets(st.integers(0, CHUNK // BLOCK), min_size=2, max_size=4)
     pieces = []
     for index in data.draw(st.sets(st.integers(0, len(stripe.data) - 1), min_size=1)):
@@ -150,19 +158,21 @@ def test_whatever_is_written_and_missing_the_stripe_holds_it(
     seed = data.draw(st.integers(0, 1 << 30))
     chunks = made_whole(stripe, members, seed)
     model = [chunks[slot].copy() for slot in stripe.data]
-    for slot in missing:
-        chunks[slot][:] = 0xEE
+    believed = [chunk.copy() for chunk in chunks]
+    for slot in missing | unreadable:
+        believed[slot][:] = 0xEE
     new = {
         index: np.random.default_rng(seed + 1 + index).integers(0, 256, CHUNK, dtype=np.uint8)
         for index in range(len(stripe.data))
     }
-    segments = plan(stripe, pieces, missing=missing)
+    segments = plan(stripe, pieces, missing=missing, unreadable=unreadable)
     for piece in pieces:
         model[piece.index][piece.start : piece.end] = new[piece.index][piece.start : piece.end]
     for segment in segments:
-        assert not missing & {*segment.reads, *segment.stores, *segment.parity}
+        assert not missing & {*segment.stores, *segment.parity}
+        assert not (missing | unreadable) & set(segment.reads)
         assert segment.length % BLOCK == 0
-        carry_out(stripe, chunks, segment, new)
+        carry_out(stripe, chunks, segment, new, believed=believed)
     made = recipe(stripe, lost=missing, wanted=range(members))
     outputs = [np.zeros(CHUNK, dtype=np.uint8) for _ in made.rows]
     combine(list(made.rows.values()), [chunks[slot] for slot in made.sources], outputs)

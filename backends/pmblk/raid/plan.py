@@ -10,6 +10,7 @@ one sum over what was read before and what is new, whatever the way:
 
 The one that reads fewer bytes is taken, reconstruct where they read as many (as md does). Members
 that are missing are neither read nor written; what a sum needs of them is made from all the others.
+Those that are only unreadable here are still written: that is what heals them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import msgspec
 
 from pmblk.raid import galois
 from pmblk.raid.layout import NONE, Stripe
-from pmblk.raid.recovery import TooManyLost, recipe
+from pmblk.raid.recovery import Recipe, TooManyLost, recipe
 
 
 class Piece(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -72,17 +73,26 @@ def cut(
 
 
 def plan(
-    stripe: Stripe, pieces: Iterable[Piece], *, missing: Collection[int] = ()
+    stripe: Stripe,
+    pieces: Iterable[Piece],
+    *,
+    missing: Collection[int] = (),
+    unreadable: Collection[int] = (),
 ) -> list[Segment]:
     """The segments of one row, in order; pieces of one chunk do not overlap.
 
-    Raises TooManyLost when the row cannot be kept whole: more is missing than its redundancy.
+    Raises TooManyLost when the row cannot be kept whole: more is missing than its redundancy, or
+    what is needed cannot be read.
     """
     parities = 1 + (stripe.q != NONE)
     lost = sum(slot in missing for slot in (*stripe.data, stripe.p, stripe.q))
     if lost > parities:
         raise TooManyLost(f"{lost} chunks of {len(stripe.data) + parities} are lost")
-    return [_segment(stripe, start, end, written, missing) for start, end, written in _rows(pieces)]
+    blind = {*missing, *unreadable}
+    return [
+        _segment(stripe, start, end, written, missing, blind)
+        for start, end, written in _rows(pieces)
+    ]
 
 
 def _rows(pieces: Iterable[Piece]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -107,43 +117,51 @@ def _rows(pieces: Iterable[Piece]) -> Iterator[tuple[int, int, tuple[int, ...]]]
 
 
 def _segment(
-    stripe: Stripe, start: int, end: int, written: tuple[int, ...], missing: Collection[int]
+    stripe: Stripe,
+    start: int,
+    end: int,
+    written: tuple[int, ...],
+    missing: Collection[int],
+    blind: Collection[int],
 ) -> Segment:
     stores = tuple(stripe.data[i] for i in written if stripe.data[i] not in missing)
     targets = [slot for slot in (stripe.p, stripe.q) if slot != NONE and slot not in missing]
     if not targets:
         return Segment(start, end, "plain", written, (), stores, {})
-    ways = [_reconstruct(stripe, written, targets, missing)]
-    if modified := _modify(stripe, written, targets, missing):
-        ways.append(modified)
-    reads, parity = min(ways, key=lambda way: len(way[0]))
-    way = "modify" if modified and reads is modified[0] else "reconstruct"
+    modified = _modify(stripe, written, targets, blind)
+    try:
+        sums, way = _reconstruct(stripe, written, targets, blind), "reconstruct"
+    except TooManyLost:
+        if modified is None:
+            raise
+        sums, way = modified, "modify"
+    if modified is not None and len(modified[0]) < len(sums[0]):
+        sums, way = modified, "modify"
     if len(written) == len(stripe.data):
         way = "full"
-    return Segment(start, end, way, written, reads, stores, parity)
+    return Segment(start, end, way, written, sums[0], stores, sums[1])
 
 
-_Sums = tuple[tuple[int, ...], dict[int, tuple[int, ...]]]
+_Sums = tuple[tuple[int, ...], dict[int, tuple[int, ...]]]  # what is read, and `parity`
 
 
 def _reconstruct(
-    stripe: Stripe, written: Sequence[int], targets: Sequence[int], missing: Collection[int]
+    stripe: Stripe, written: Sequence[int], targets: Sequence[int], blind: Collection[int]
 ) -> _Sums:
     """Every data chunk is needed: the new ones are here, of the others a missing one is made."""
     others = [i for i in range(len(stripe.data)) if i not in written]
-    left = [i for i in others if stripe.data[i] not in missing]
-    gone = [i for i in others if stripe.data[i] in missing]
-    made = recipe(stripe, lost=missing, wanted=[stripe.data[i] for i in gone])
+    left = [i for i in others if stripe.data[i] not in blind]
+    gone = [stripe.data[i] for i in others if stripe.data[i] in blind]
+    made = recipe(stripe, lost=blind, wanted=gone) if gone else Recipe((), {})
     reads = tuple(dict.fromkeys([*(stripe.data[i] for i in left), *made.sources]))
     parity = {}
     for target in targets:
         factors = dict.fromkeys(reads, 0)
         for i in left:
             factors[stripe.data[i]] ^= factor_of(stripe, target, i)
-        for i in gone:
-            ours = factor_of(stripe, target, i)
-            row = made.rows[stripe.data[i]]
-            for source, theirs in zip(made.sources, row, strict=True):
+        for slot in gone:
+            ours = factor_of(stripe, target, stripe.data.index(slot))
+            for source, theirs in zip(made.sources, made.rows[slot], strict=True):
                 factors[source] ^= galois.multiply(ours, theirs)
         new = [factor_of(stripe, target, i) for i in written]
         parity[target] = (*factors.values(), *new)
@@ -151,11 +169,11 @@ def _reconstruct(
 
 
 def _modify(
-    stripe: Stripe, written: Sequence[int], targets: Sequence[int], missing: Collection[int]
+    stripe: Stripe, written: Sequence[int], targets: Sequence[int], blind: Collection[int]
 ) -> _Sums | None:
-    """The old data and parity; None when some of it is missing."""
+    """The old data and parity; None when some of it cannot be read."""
     slots = tuple(stripe.data[i] for i in written)
-    if any(slot in missing for slot in slots):
+    if any(slot in blind for slot in (*slots, *targets)):
         return None
     reads = (*slots, *targets)
     parity = {}
