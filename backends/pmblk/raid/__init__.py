@@ -1,0 +1,1 @@
+"""Software RAID: where data and redundancy lie (pure), and the engine that keeps it so."""

@@ -1,0 +1,66 @@
+"""An array: a range of bytes over members, with the redundancy of its level.
+
+`read`, `write` and `flush` are all that a namespace needs of it. Members are given open, and are
+the array's from then on.
+"""
+
+from collections.abc import Sequence
+
+from pmblk.raid.buffers import buffer
+from pmblk.raid.devices import Announce, Devices
+from pmblk.raid.geometry import Geometry
+from pmblk.raid.member import Member
+from pmblk.raid.mirrors import Mirrors
+from pmblk.raid.rows import Rows
+
+BLOCK_BYTES = 4096
+
+
+class Array:
+    """`members` are by slot; None is missing. `announce`: see `Devices`."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        members: Sequence[Member | None],
+        *,
+        data_offset: int,
+        announce: Announce,
+    ) -> None:
+        self.geometry = geometry
+        self.size = geometry.size
+        self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
+        self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost."""
+        assert 0 <= offset <= offset + length <= self.size
+        if not length:
+            return memoryview(b"")
+        first, last = offset & -BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
+        target = buffer(last - first)
+        await self._level.read(first, target)
+        return target[offset - first : offset - first + length]
+
+    async def write(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
+        """Offsets and bytes, in the order given where they overlap; what became of each.
+
+        What is written together is planned together: neighbours become full stripes.
+        """
+        assert all(0 <= offset <= offset + len(view) <= self.size for offset, view in writes)
+        return await self._level.write(writes)
+
+    async def flush(self) -> None:
+        """All that was written is durable on every member that is in. Raises OSError.
+
+        A member that cannot say so is failed: what it lacks the others make up for.
+        """
+        failures = await self.devices.flush()
+        for slot in await self.devices.fail(failures):
+            raise failures[slot]
+
+    def close(self) -> None:
+        """Let the members go."""
+        for member in self.devices.members:
+            if member is not None:
+                member.close()

@@ -1,0 +1,47 @@
+"""The contract of a member: one device of an array, read and written a batch at a time.
+
+Nothing of it blocks the event loop. Offsets count from the start of the device; what is read and
+written is whole blocks of `block_bytes`, from memory that is aligned to `MEMORY_ALIGNMENT`, as
+O_DIRECT wants it. A batch that fails is an OSError; parts of it may have been done.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MEMORY_ALIGNMENT = 4096
+
+
+class Request(NamedTuple):
+    """Bytes from `offset` on into `view`, or out of it. The view stays the caller's."""
+
+    offset: int
+    view: memoryview
+
+
+class Member(abc.ABC):
+    """`place` is its path or URI, `size` and `block_bytes` what the device has."""
+
+    place: str
+    size: int
+    block_bytes: int
+
+    @abc.abstractmethod
+    async def read(self, requests: Sequence[Request]) -> None:
+        """All of them, in any order. Raises OSError."""
+
+    @abc.abstractmethod
+    async def write(self, requests: Sequence[Request]) -> None:
+        """All of them, in any order; requests of one batch do not overlap. Raises OSError."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """All writes that have returned are durable. Raises OSError."""
+
+    @abc.abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The range may read as anything from now on; a hint. Raises OSError."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let the device go. No error."""

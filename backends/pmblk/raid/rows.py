@@ -1,0 +1,275 @@
+"""Levels 4, 5 and 6: rows with parity, read and written through rounds of member I/O.
+
+A read goes straight to where the data lie. What cannot be read is made from the rest of its row,
+under the row's lock, and written back to a member that is there: that heals a bad sector. A batch
+of writes takes the locks of all its rows, reads what `pmblk.raid.plan` asks for in one round,
+computes, and writes data and parity in another. A member that does not take a write is failed,
+durably, before the write counts.
+"""
+
+import errno
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from pmblk.raid.buffers import aligned, buffer, numbers
+from pmblk.raid.devices import Devices
+from pmblk.raid.layout import Stripes
+from pmblk.raid.locks import RowLocks
+from pmblk.raid.member import Request
+from pmblk.raid.parity import combine
+from pmblk.raid.plan import Piece, Segment, cut, plan
+from pmblk.raid.recovery import TooManyLost, recipe
+
+BLOCK_BYTES = 4096
+"""What is read to fill up a write that is no whole block."""
+
+Batch = dict[int, list[Request]]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A piece of a row with its bytes; `write` is the number of the write that it belongs to."""
+
+    piece: Piece
+    view: memoryview
+    write: int
+
+
+class Rows:
+    """One for an array with parity."""
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+        self._geometry = devices.geometry
+        self._stripes = Stripes(devices.geometry)
+        self._locks = RowLocks()
+
+    # ---- reading
+
+    async def read(self, offset: int, target: memoryview) -> None:
+        """Whole blocks into aligned memory. Raises OSError (EIO) for what is lost."""
+        direct: Batch = {}
+        indirect: list[tuple[int, Part]] = []
+        for row, part in self._cut(offset, target, 0):
+            slot = self._stripes[row].data[part.piece.index]
+            if slot in self._devices.unreadable(row):
+                indirect.append((row, part))
+                continue
+            place = self._devices.place(row, part.piece.start)
+            direct.setdefault(slot, []).append(Request(place, part.view))
+        failures = await self._devices.read(direct)
+        if failures:
+            indirect += [
+                (row, part)
+                for row, part in self._cut(offset, target, 0)
+                if self._stripes[row].data[part.piece.index] in failures
+            ]
+        for row, part in indirect:
+            async with self._locks.hold((row,)):
+                await self._read_locked(row, part.piece, part.view)
+
+    def _cut(self, offset: int, view: memoryview, write: int) -> Iterable[tuple[int, Part]]:
+        position = 0
+        geometry = self._geometry
+        pieces = cut(
+            offset,
+            len(view),
+            chunk_bytes=geometry.chunk_bytes,
+            data_members=geometry.data_members,
+        )
+        for row, piece in pieces:
+            length = piece.end - piece.start
+            yield row, Part(piece, view[position : position + length], write)
+            position += length
+
+    async def _read_locked(self, row: int, piece: Piece, view: memoryview) -> None:
+        """One piece, from its member or made from the rest of its row, whose lock is held."""
+        slot = self._stripes[row].data[piece.index]
+        place = self._devices.place(row, piece.start)
+        readable = slot not in self._devices.unreadable(row)
+        if readable and not await self._devices.read({slot: [Request(place, view)]}):
+            return
+        found = await self._recover(row, piece.start, piece.end, slot)
+        view[:] = found
+        if slot not in self._devices.unreadable(row):  # it is there, and may have a bad sector
+            await self._devices.fail(await self._devices.write({slot: [Request(place, found)]}))
+
+    async def _recover(self, row: int, start: int, end: int, wanted: int) -> memoryview:
+        """Bytes `start` to `end` of the chunk in the slot `wanted`. Raises OSError (EIO)."""
+        place = self._devices.place(row, start)
+        blind = {wanted}
+        while True:
+            lost = blind | self._devices.unreadable(row)
+            try:
+                made = recipe(self._stripes[row], lost=lost, wanted=[wanted])
+            except TooManyLost as error:
+                raise OSError(errno.EIO, f"row {row}: {error}") from error
+            sources = {slot: buffer(end - start) for slot in made.sources}
+            failures = await self._devices.read(
+                {slot: [Request(place, view)] for slot, view in sources.items()}
+            )
+            if not failures:
+                break
+            blind |= set(failures)
+        output = buffer(end - start)
+        combine(
+            [made.rows[wanted]], [numbers(view) for view in sources.values()], [numbers(output)]
+        )
+        return output
+
+    # ---- writing
+
+    async def write(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
+        """Any bytes, in the order given where they overlap; what became of each of them."""
+        errors: list[OSError | None] = [None] * len(writes)
+        layers: list[dict[int, list[Part]]] = []
+        rows: set[int] = set()
+        for number, (offset, view) in enumerate(writes):
+            for row, part in self._cut(offset, view, number):
+                rows.add(row)
+                _lay(layers, row, part)
+        async with self._locks.hold(rows):
+            for layer in layers:
+                for row, error in (await self._write_layer(layer)).items():
+                    for part in layer[row]:
+                        errors[part.write] = error
+        return errors
+
+    async def _write_layer(self, layer: Mapping[int, Sequence[Part]]) -> dict[int, OSError]:
+        """Parts that do not share a block; errors by row."""
+        errors: dict[int, OSError] = {}
+        ready: dict[int, list[Part]] = {}
+        for row, parts in layer.items():
+            try:
+                ready[row] = [await self._filled_up(row, part) for part in parts]
+            except OSError as error:
+                errors[row] = error
+        errors.update(await self._update(ready))
+        return errors
+
+    async def _filled_up(self, row: int, part: Part) -> Part:
+        """The part in whole blocks: what it lacks of them is read."""
+        piece = part.piece
+        start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
+        if (start, end) == (piece.start, piece.end):
+            return Part(piece, aligned(part.view), part.write)
+        view = buffer(end - start)
+        whole = Piece(piece.index, start, end)
+        await self._read_locked(row, whole, view)
+        view[piece.start - start : piece.end - start] = part.view
+        return Part(whole, view, part.write)
+
+    async def _update(self, parts: Mapping[int, Sequence[Part]]) -> dict[int, OSError]:
+        """Plan, read, compute and write some rows, all of them together; errors by row.
+
+        What could not be read is planned around; what was not written is the end of its member.
+        """
+        errors: dict[int, OSError] = {}
+        blind: set[int] = set()
+        while True:
+            planned: dict[int, list[Segment]] = {}
+            for row in parts:
+                try:
+                    planned[row] = plan(
+                        self._stripes[row],
+                        [part.piece for part in parts[row]],
+                        missing=self._devices.missing,
+                        unreadable=blind | self._devices.unreadable(row),
+                    )
+                except TooManyLost as error:
+                    errors[row] = OSError(errno.EIO, f"row {row}: {error}")
+            olds, batch = self._old_chunks(planned)
+            failures = await self._devices.read(batch)
+            if not failures:
+                break
+            if len(parts) > 1:  # nobody says which row it was: each for itself
+                for row in parts:
+                    errors.update(await self._update({row: parts[row]}))
+                return errors
+            blind |= set(failures)
+        batch = {}
+        for row, segments in planned.items():
+            for number, segment in enumerate(segments):
+                self._add_stores(batch, row, segment, parts[row], olds.get((row, number), []))
+        failures = await self._devices.write(batch)
+        for slot in await self._devices.fail(failures):
+            for row in planned:
+                errors[row] = failures[slot]
+        return errors
+
+    def _old_chunks(
+        self, planned: Mapping[int, Sequence[Segment]]
+    ) -> tuple[dict[tuple[int, int], list[memoryview]], Batch]:
+        """Memory for what the segments read, and the round that fills it."""
+        olds: dict[tuple[int, int], list[memoryview]] = {}
+        batch: Batch = {}
+        for row, segments in planned.items():
+            for number, segment in enumerate(segments):
+                olds[row, number] = views = [buffer(segment.length) for _ in segment.reads]
+                place = self._devices.place(row, segment.start)
+                for slot, view in zip(segment.reads, views, strict=True):
+                    batch.setdefault(slot, []).append(Request(place, view))
+        return olds, batch
+
+    def _add_stores(
+        self,
+        batch: Batch,
+        row: int,
+        segment: Segment,
+        parts: Sequence[Part],
+        olds: Sequence[memoryview],
+    ) -> None:
+        """The new data and parity of a segment, as writes of its members."""
+        place = self._devices.place(row, segment.start)
+        new = [_bytes_of(parts, index, segment) for index in segment.written]
+        stripe = self._stripes[row]
+        for index, view in zip(segment.written, new, strict=True):
+            if stripe.data[index] in segment.stores:
+                batch.setdefault(stripe.data[index], []).append(Request(place, view))
+        if segment.parity:
+            outputs = [buffer(segment.length) for _ in segment.parity]
+            combine(
+                list(segment.parity.values()),
+                [numbers(view) for view in (*olds, *new)],
+                [numbers(view) for view in outputs],
+            )
+            for slot, view in zip(segment.parity, outputs, strict=True):
+                batch.setdefault(slot, []).append(Request(place, view))
+
+
+def _lay(layers: list[dict[int, list[Part]]], row: int, part: Part) -> None:
+    """Into the last layer where it meets nothing, so that later writes come after earlier ones."""
+    piece = part.piece
+    start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
+    depth = 0
+    for number, layer in enumerate(layers):
+        for other in layer.get(row, ()):
+            meets = (
+                other.piece.index == piece.index
+                and other.piece.start < end
+                and start < -(-other.piece.end // BLOCK_BYTES) * BLOCK_BYTES
+            )
+            if meets:
+                depth = number + 1
+    if depth == len(layers):
+        layers.append({})
+    layers[depth].setdefault(row, []).append(part)
+
+
+def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview:
+    """What is new of a chunk in a segment; one part covers all of it, or several touch in it."""
+    pieces = sorted(
+        (part for part in parts if part.piece.index == index), key=lambda one: one.piece.start
+    )
+    found = [
+        part.view[max(0, segment.start - part.piece.start) : segment.end - part.piece.start]
+        for part in pieces
+        if part.piece.start < segment.end and segment.start < part.piece.end
+    ]
+    if len(found) == 1:
+        return found[0]
+    whole, position = buffer(segment.length), 0
+    for view in found:
+        whole[position : position + len(view)] = view
+        position += len(view)
+    return whole

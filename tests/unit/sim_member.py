@@ -1,0 +1,77 @@
+"""Members in memory that fail on purpose, for the tests of arrays.
+
+The fault model: a member may refuse reads of some blocks until they are written (bad sectors),
+refuse all writes, or be gone altogether; a batch that fails may have been done in part. Every
+batch yields to the event loop once, so that histories interleave.
+"""
+
+import errno
+import random
+from collections.abc import Sequence
+
+import trio
+
+from pmblk.raid.buffers import numbers
+from pmblk.raid.member import MEMORY_ALIGNMENT, Member, Request
+
+BLOCK = 4096
+
+
+class SimMember(Member):
+    def __init__(self, size: int, chosen: random.Random, *, name: str = "sim") -> None:
+        self.place = name
+        self.size = size
+        self.block_bytes = BLOCK
+        self.content = bytearray(size)
+        self.bad_blocks: set[int] = set()
+        self.gone = False
+        self.refuses_writes = False
+        self.closed = False
+        self.reads = self.writes = self.flushes = 0
+        self._chosen = chosen
+
+    async def read(self, requests: Sequence[Request]) -> None:
+        await self._start(requests)
+        for offset, view in requests:
+            if self.bad_blocks & _blocks(offset, len(view)):
+                raise OSError(errno.EIO, "bad sector")
+            self.reads += len(view)
+            view[:] = self.content[offset : offset + len(view)]
+
+    async def write(self, requests: Sequence[Request]) -> None:
+        await self._start(requests)
+        done = len(requests)
+        if self.refuses_writes:
+            done = self._chosen.randint(0, len(requests) - 1)
+        for offset, view in requests[:done]:
+            self.writes += len(view)
+            self.bad_blocks -= _blocks(offset, len(view))
+            self.content[offset : offset + len(view)] = view
+        if done < len(requests):
+            raise OSError(errno.EIO, "refused")
+
+    async def flush(self) -> None:
+        await self._start(())
+        if self.refuses_writes:
+            raise OSError(errno.EIO, "refused")
+        self.flushes += 1
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._start(())
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def _start(self, requests: Sequence[Request]) -> None:
+        assert not self.closed, "nobody uses a member that has left"
+        await trio.lowlevel.checkpoint()
+        if self.gone:
+            raise OSError(errno.ENODEV, "gone")
+        for offset, view in requests:
+            assert offset % BLOCK == len(view) % BLOCK == 0, "whole blocks only"
+            assert 0 <= offset <= self.size - len(view)
+            assert numbers(view).ctypes.data % MEMORY_ALIGNMENT == 0, "aligned memory only"
+
+
+def _blocks(offset: int, length: int) -> set[int]:
+    return set(range(offset // BLOCK, -(-(offset + length) // BLOCK)))

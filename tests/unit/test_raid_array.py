@@ -1,0 +1,231 @@
+"""Arrays against a model, for every level: random writes, reads, failures and bad sectors."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import trio
+
+from pmblk.raid.array import Array
+from pmblk.raid.geometry import Geometry, layouts_of
+from pmblk.raid.layout import survives
+from tests.unit.sim_member import SimMember
+
+CHUNK = 8192
+DATA_OFFSET = 1 << 16
+SHAPES: list[dict[str, Any]] = [
+    {"level": 0, "members": 3},
+    {"level": 1, "members": 3},
+    {"level": 4, "members": 4},
+    *({"level": 5, "members": 4, "layout": layout} for layout in layouts_of(5)),
+    *({"level": 6, "members": 6, "layout": layout} for layout in layouts_of(6)),
+    *({"level": 10, "members": 4, "layout": layout} for layout in layouts_of(10)),
+    {"level": 10, "members": 5, "layout": "near", "copies": 3},
+    {"level": 10, "members": 3, "layout": "offset"},
+]
+
+
+def name(shape: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in shape.values())
+
+
+class World:
+    """An array over simulated members, and what it should hold."""
+
+    def __init__(self, seed: int, *, chunks: int = 12, **shape: Any) -> None:
+        self.chosen = random.Random(seed)
+        shape.setdefault("layout", layouts_of(shape["level"])[0])
+        self.geometry = Geometry(member_bytes=chunks * CHUNK, chunk_bytes=CHUNK, **shape)
+        size = DATA_OFFSET + chunks * CHUNK
+        self.members = [
+            SimMember(size, self.chosen, name=f"m{slot}") for slot in range(self.geometry.members)
+        ]
+        self.announced: list[int] = []
+        self.array = Array(
+            self.geometry, self.members, data_offset=DATA_OFFSET, announce=self._announce
+        )
+        self.model = bytearray(self.array.size)
+
+    async def _announce(self, slot: int, _error: OSError) -> None:
+        await trio.lowlevel.checkpoint()
+        self.announced.append(slot)
+
+    @property
+    def lost(self) -> set[int]:
+        return {slot for slot, member in enumerate(self.members) if member.gone}
+
+    def extent(self) -> tuple[int, int]:
+        """Any range; often whole blocks, sometimes whole stripes."""
+        chosen, size = self.chosen, self.array.size
+        unit = chosen.choice([1, 512, 4096, 4096, CHUNK, self.geometry.stripe_bytes])
+        offset = chosen.randrange(size // unit) * unit
+        length = chosen.randint(1, max(1, 3 * CHUNK // unit)) * unit
+        return offset, min(length, size - offset)
+
+    async def write(self, *extents: tuple[int, int]) -> list[OSError | None]:
+        """A batch; the model has it where the array says that it was written."""
+        writes = [(offset, memoryview(self.chosen.randbytes(n))) for offset, n in extents]
+        errors = await self.array.write(writes)
+        for (offset, view), error in zip(writes, errors, strict=True):
+            if error is None:
+                self.model[offset : offset + len(view)] = view
+        return errors
+
+    async def check(self) -> None:
+        assert bytes(await self.array.read(0, self.array.size)) == bytes(self.model)
+
+    def amplification(self) -> tuple[int, int]:
+        """Bytes that the members read and wrote since the last call."""
+        found = sum(member.reads for member in self.members), sum(m.writes for m in self.members)
+        for member in self.members:
+            member.reads = member.writes = 0
+        return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+async def test_what_is_written_is_read_also_with_every_loss_that_is_allowed(
+    shape: dict[str, Any],
+) -> None:
+    for seed in range(4):
+        world = World(seed, **shape)
+        for _ in range(60):
+            await _something_happens(world)
+        await world.check()
+
+
+async def _something_happens(world: World) -> None:
+    chosen = world.chosen
+    what = chosen.randrange(20)
+    if what < 10:
+        batch = [world.extent() for _ in range(chosen.choice([1, 1, 2, 5]))]
+        assert await world.write(*batch) == [None] * len(batch)
+    elif what < 16:
+        offset, length = world.extent()
+        found = await world.array.read(offset, length)
+        assert bytes(found) == bytes(world.model[offset : offset + length])
+    elif what == 16:
+        await world.array.flush()
+    elif what == 17:
+        _lose_a_member(world)
+    elif what == 18:
+        _spoil_a_block(world)
+    else:
+        await _two_at_once(world)
+
+
+def _lose_a_member(world: World) -> None:
+    slot = world.chosen.randrange(world.geometry.members)
+    if survives(world.geometry, world.lost | {slot}) and not _spoiled(world):
+        world.members[slot].gone = True
+
+
+def _spoil_a_block(world: World) -> None:
+    """A bad sector, as long as the redundancy makes up for it."""
+    slot = world.chosen.randrange(world.geometry.members)
+    spoiled = {slot, *world.lost, *_spoiled(world)}
+    if survives(world.geometry, spoiled):
+        blocks = range(DATA_OFFSET // 4096, world.members[slot].size // 4096)
+        world.members[slot].bad_blocks.add(world.chosen.choice(blocks))
+
+
+def _spoiled(world: World) -> set[int]:
+    return {slot for slot, member in enumerate(world.members) if member.bad_blocks}
+
+
+async def _two_at_once(world: World) -> None:
+    """Two batches that touch the same rows, and not the same bytes, side by side."""
+    size = world.array.size // 2
+    left = [(offset, min(n, size - offset)) for offset, n in _within(world, size)]
+    right = [(size + offset, min(n, size - offset)) for offset, n in _within(world, size)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.write, *left)
+        nursery.start_soon(world.write, *right)
+
+
+def _within(world: World, size: int) -> Sequence[tuple[int, int]]:
+    return [(offset, n) for offset, n in (world.extent() for _ in range(4)) if offset < size]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+async def test_all_that_is_lost_is_eio_and_the_rest_goes_on(shape: dict[str, Any]) -> None:
+    """One loss more than the redundancy: nothing is made up, and what is whole is read."""
+    world = World(5, **shape)
+    await world.write((0, world.array.size))
+    for member in world.members[: world.geometry.redundancy + 1]:
+        member.gone = True
+    whole = lost = 0
+    for offset in range(0, world.array.size, 4096):
+        try:
+            found = await world.array.read(offset, 4096)
+        except OSError:
+            lost += 1
+        else:
+            assert bytes(found) == bytes(world.model[offset : offset + 4096])
+            whole += 1
+    assert lost
+    assert whole or world.geometry.level == 1
+
+
+async def test_a_bad_sector_is_healed_by_reading_it() -> None:
+    for level, members in ((1, 2), (5, 4)):
+        world = World(1, level=level, members=members)
+        await world.write((0, world.array.size))
+        world.members[0].bad_blocks.add(DATA_OFFSET // 4096)
+        await world.check()
+        assert not world.members[0].bad_blocks
+        assert world.announced == []
+
+
+async def test_a_member_that_refuses_a_write_is_announced_before_the_write_counts() -> None:
+    for shape in (
+        {"level": 1, "members": 2},
+        {"level": 5, "members": 4},
+        {"level": 6, "members": 5},
+    ):
+        world = World(2, **shape)
+        world.members[1].refuses_writes = True
+        assert await world.write((0, world.array.size)) == [None]
+        assert world.announced == [1]
+        assert world.members[1].closed
+        await world.check()
+
+
+async def test_a_write_that_no_member_takes_is_an_error() -> None:
+    world = World(3, level=1, members=2)
+    for member in world.members:
+        member.refuses_writes = True
+    (error,) = await world.write((0, 4096))
+    assert error is not None
+    assert len(world.announced) == 1, "the last one stays: it has what there is"
+
+
+async def test_a_member_that_cannot_flush_is_out() -> None:
+    world = World(4, level=5, members=4)
+    await world.write((0, 4096))
+    world.members[2].refuses_writes = True
+    await world.array.flush()
+    assert world.announced == [2]
+    stripe = World(4, level=0, members=2)
+    stripe.members[0].refuses_writes = True
+    with pytest.raises(OSError, match="refused"):
+        await stripe.array.flush()
+
+
+@pytest.mark.parametrize(
+    ("level", "members", "reads", "writes"),
+    [(5, 5, 2, 2), (6, 8, 3, 3), (1, 3, 0, 3), (0, 3, 0, 1)],
+)
+async def test_a_small_write_moves_what_the_theory_says(
+    level: int, members: int, reads: int, writes: int
+) -> None:
+    world = World(6, level=level, members=members)
+    await world.write((4096, 4096))
+    assert world.amplification() == (reads * 4096, writes * 4096)
+
+
+async def test_neighbours_of_one_batch_are_full_stripes() -> None:
+    world = World(7, level=5, members=5)
+    stripe = world.geometry.stripe_bytes
+    await world.write(*((offset, 4096) for offset in range(0, stripe, 4096)))
+    assert world.amplification() == (0, stripe + CHUNK)
