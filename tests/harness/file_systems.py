@@ -121,6 +121,11 @@ def drop_loop(device: Path) -> None:
             time.sleep(0.02)  # whoever looks at it, udev for one, will let go
 
 
+def setting(device: Path, name: str) -> str:
+    """What /sys/block says of a device. Raises OSError."""
+    return (Path("/sys/block") / device.name / name).read_text().strip()
+
+
 def make(kind: str, device: Path) -> None:
     run(*_MAKE[kind], str(device))
 
