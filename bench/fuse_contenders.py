@@ -10,9 +10,7 @@ import functools
 import mmap
 import os
 import shlex
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -65,21 +63,9 @@ class Contender(servers.Server):
     attach: Attach
     daemon: Daemon | None = None
 
-    @contextlib.contextmanager
-    def guarded(self, seconds: float) -> Iterator[None]:
+    def guarded(self, seconds: float) -> AbstractContextManager[None]:
         """SIGKILL for the server after that long: who waits for its mount cannot be killed."""
-
-        def kill() -> None:
-            if self.is_running():
-                for pid in self.pids:
-                    os.kill(pid, signal.SIGKILL)
-
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return file_systems.killing(lambda: self.pids if self.is_running() else [], seconds=seconds)
 
 
 @contextlib.contextmanager

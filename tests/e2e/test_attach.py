@@ -1,119 +1,61 @@
-"""Attaching and detaching: what the device is like, and that nobody is ever given a dead one."""
+"""Attaching: what the device is like, and that nobody is ever given a dead one."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pmblk import PmblkError
-from pmblkd import attach, fuse_connections, loop, mounts
+from pmblkd import attach, fuse_connections, mounts
 from pmblkd.errors import WorkFailed
 from pmblkd.reports import FuseReport
-from tests.harness.command_line import answer, ask, complaint, pmblk
+from tests.e2e.attaching import CONFIG, DATA_BYTES, HANG_SECONDS, MIB, attach_it, devices, served
+from tests.e2e.fuse_files import WAYS
+from tests.harness.command_line import answer, complaint, pmblk
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import (
     ProgramError,
     attached,
     drop_loop,
-    guarded,
     make,
     mounted,
     run,
+    setting,
 )
 from tests.unit.reports import namespace_report
 
 pytestmark = pytest.mark.e2e
 
-MIB = 1 << 20
-DATA_BYTES = 16 * MIB + 4096 * (os.getpid() % 1000)  # others test a namespace of this name too
-HANG_SECONDS = 60
-ENGINES = ("kernel", "pyfuse3")
-CONFIG = """
-[[namespace]]
-name = "data"
-path = "{dir}/data.img"
-size = SIZE
-dax = "DAX"
-
-[[namespace]]
-name = "small"
-path = "{dir}/small.img"
-size = "8MiB"
-lba_size = 512
-dax = "DAX"
-
-[[namespace]]
-name = "fixed"
-path = "{dir}/fixed.img"
-read_only = true
-
-[fuse]
-mountpoint = "{dir}/mnt"
-engine = "ENGINE"
-"""
-
-
-@contextlib.contextmanager
-def served(engine: str = "kernel", dax: str = "auto") -> Iterator[Daemon]:
-    """Whatever is attached on the way is taken away in the end."""
-    with scratch() as directory:
-        (directory / "fixed.img").write_bytes(bytes(range(256)) * 4096)
-        text = CONFIG.replace("ENGINE", engine).replace("DAX", dax).replace("SIZE", str(DATA_BYTES))
-        daemon = Daemon(directory, text.replace("{dir}", str(directory)))
-        try:
-            daemon.start()
-            with guarded(daemon, seconds=HANG_SECONDS):
-                yield daemon
-        finally:
-            for device in devices(daemon):
-                drop_loop(device)
-            if daemon.running:
-                daemon.stop()
-
-
-def devices(daemon: Daemon) -> list[Path]:
-    """Also those whose mount was taken off the tree."""
-    sizes = {"data": DATA_BYTES, "small": 8 * MIB, "fixed": MIB}
-    return loop.devices_below(daemon.directory / "mnt", sizes)
-
-
-def setting(device: Path, name: str) -> str:
-    return (Path("/sys/block") / device.name / name).read_text().strip()
-
-
-def attach_it(daemon: Daemon, name: str) -> Path:
-    return Path(answer(daemon, "attach", name).strip())
-
-
-def detach_all(daemon: Daemon, *options: str) -> tuple[int, dict[str, Any]]:
-    """Of a daemon that is asked nothing: its exit status, and what it said."""
-    done = pmblk("detach", "--all", "--config", str(daemon.config), *options, "--json")
-    assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
-
-
 # ---- the device
 
 
 @pytest.mark.parametrize(
-    ("engine", "name", "block"),
-    [("kernel", "data", "4096"), ("kernel", "small", "512"), ("pyfuse3", "small", "512")],
+    ("way", "name", "block"),
+    [
+        ("pyfuse3", "small", "512"),
+        ("off", "data", "4096"),
+        ("auto", "data", "4096"),
+        ("auto", "small", "512"),
+        ("fast", "data", "4096"),
+    ],
 )
 def test_a_device_has_our_block_size_direct_io_and_the_engine_s_discard(
-    engine: str, name: str, block: str
+    way: str, name: str, block: str
 ) -> None:
-    with served(engine) as daemon, attached(daemon, name) as device:
+    engine, dax = WAYS[way]
+    with served(engine, dax) as daemon, attached(daemon, name) as device:
         assert setting(device, "queue/logical_block_size") == block
         assert setting(device, "loop/dio") == "1"
         assert setting(device, "loop/backing_file") == f"{daemon.directory}/mnt/{name}"
         assert setting(device, "ro") == "0"
-        assert (int(setting(device, "queue/discard_max_bytes")) > 0) == (engine == "kernel")
+        discard = setting(device, "queue/discard_max_bytes")
+        assert (discard != "0") == WAYS[way].discards
+        shown = run("lsblk", "--noheadings", "--bytes", "--output", "LOG-SEC,DISC-MAX", str(device))
+        assert shown.split() == [block, discard]
         make("ext4", device)
 
 
@@ -236,99 +178,6 @@ def test_nothing_is_attached_when_the_mount_has_ended() -> None:
             attach.attach(namespace, via="loop")
         assert devices(daemon) == []
         daemon.kill()
-
-
-# ---- detach --all
-
-
-def test_all_devices_go_but_for_one_that_is_mounted() -> None:
-    with served() as daemon:
-        data, small = attach_it(daemon, "data"), attach_it(daemon, "small")
-        make("ext4", data)
-        with mounted(data, daemon.directory / "fs") as directory:
-            done = ask(daemon, "detach", "--all")
-            assert done.returncode == 1
-            assert done.stdout.splitlines() == [
-                str(small),
-                f"{data}: refused, is mounted on {directory}; run: umount {directory}",
-            ]
-            assert devices(daemon) == [data]
-            (directory / "file").write_text("still works")
-        assert answer(daemon, "detach", "--all") == f"{data}\n"
-        assert answer(daemon, "detach", "--all") == "nothing is attached\n"
-        assert mounts.find(daemon.directory / "mnt") is not None
-
-
-def test_a_device_that_another_one_lies_on_is_refused() -> None:
-    with served() as daemon:
-        device = attach_it(daemon, "data")
-        above = run("losetup", "--find", "--show", "--direct-io=on", str(device)).strip()
-        try:
-            done = ask(daemon, "detach", "--all", "--json")
-        finally:
-            run("losetup", "--detach", above)
-        assert done.returncode == 1
-        (refusal,) = json.loads(done.stdout)["refused"]
-        assert refusal["key"] == str(device)
-        assert refusal["reason"] == f"is the file of {above}; run: losetup --detach {above}"
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_a_killed_daemon_left_goes_without_a_daemon(engine: str) -> None:
-    with served(engine) as daemon:
-        mountpoint = str(daemon.directory / "mnt")
-        data, small = attach_it(daemon, "data"), attach_it(daemon, "small")
-        make("ext4", data)
-        with mounted(data, daemon.directory / "fs") as directory:
-            daemon.kill()
-            status, said = detach_all(daemon)
-            assert (status, said["devices"], said["unmounted"]) == (1, [str(small)], [])
-            (refusal,) = said["refused"]
-            assert refusal == {
-                "key": str(data),
-                "reason": f"is mounted on {directory}; run: umount {directory}",
-            }
-        assert detach_all(daemon) == (
-            0,
-            {"devices": [str(data)], "unmounted": [mountpoint], "aborted": [], "refused": []},
-        )
-        assert mounts.find(Path(mountpoint)) is None
-        assert devices(daemon) == []
-        daemon.start()
-        assert "killed" not in daemon.log
-
-
-def test_a_device_is_found_also_when_its_dead_mount_was_taken_off_the_tree() -> None:
-    with served() as daemon:
-        device = attach_it(daemon, "data")
-        daemon.kill()
-        mounts.unmount(daemon.directory / "mnt")
-        status, said = detach_all(daemon)
-        assert (status, said["devices"]) == (0, [str(device)])
-
-
-def test_a_living_daemon_keeps_its_mount_whatever_detach_is_told() -> None:
-    with served() as daemon:
-        device = attach_it(daemon, "data")
-        status, said = detach_all(daemon, "--force")
-        assert (status, said["devices"]) == (0, [str(device)])
-        assert said["aborted"] == said["unmounted"] == []
-        assert sorted(os.listdir(daemon.directory / "mnt")) == ["data", "fixed", "small"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "detach takes a NAME, or --all and its options"),
-        (["data", "--force"], "detach takes a NAME, or --all and its options"),
-        (["data", "--all"], "--all takes no NAME"),
-        (["--all", "--force"], "--force and --set take --config"),
-        (["--all", "--socket", "/nowhere"], "pmblk detach --all --config FILE"),
-        (["--all", "--config", "/nowhere"], "/nowhere: cannot read it"),
-    ],
-)
-def test_a_detach_that_cannot_be_meant_is_one_line(arguments: list[str], words: str) -> None:
-    assert words in complaint(pmblk("detach", *arguments))
 
 
 # ---- devices that outlive their daemon

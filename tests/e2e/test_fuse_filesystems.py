@@ -23,7 +23,6 @@ from tests.harness import fsync_writer
 from tests.harness.daemon import Daemon, running
 from tests.harness.file_systems import (
     TREE,
-    ProgramError,
     attached,
     check,
     checksums,
@@ -34,6 +33,7 @@ from tests.harness.file_systems import (
     make,
     mounted,
     run,
+    setting,
 )
 from tests.harness.programs import assert_no_complaints, wait_for
 
@@ -82,10 +82,6 @@ def served(
         text = text.replace(word, value)
     with running(text) as daemon, guarded(daemon, seconds=HANG_SECONDS):
         yield daemon
-
-
-def setting(device: Path, name: str) -> str:
-    return (Path("/sys/block") / device.name / name).read_text().strip()
 
 
 # ---- a whole life
@@ -164,26 +160,6 @@ def allocated(daemon: Daemon) -> int:
 # ---- the loop device
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_loop_device_has_our_block_size_direct_io_and_discard_where_it_works(way: str) -> None:
-    with served(way=way) as daemon, attached(daemon, "data") as device:
-        assert setting(device, "queue/logical_block_size") == "4096"
-        assert setting(device, "loop/dio") == "1"
-        assert setting(device, "loop/backing_file") == f"{daemon.directory}/mnt/data"
-        assert (setting(device, "queue/discard_max_bytes") != "0") == WAYS[way].discards
-        shown = run("lsblk", "--noheadings", "--bytes", "--output", "LOG-SEC,DISC-MAX", str(device))
-        assert shown.split() == ["4096", setting(device, "queue/discard_max_bytes")]
-
-
-def test_a_discard_that_libfuse_cannot_deliver_is_refused_rather_than_lost() -> None:
-    with (
-        served(way="pyfuse3") as daemon,
-        attached(daemon, "data") as device,
-        pytest.raises(ProgramError, match="not supported"),
-    ):
-        run("blkdiscard", str(device))
-
-
 @pytest.mark.parametrize(
     ("way", "representation", "punch"),
     [
@@ -221,13 +197,6 @@ def test_what_is_discarded_reads_as_zeroes_and_what_is_zeroed_has_memory(
             assert os.pread(fd, 20 * MIB, 0) == expected
         with client(daemon, "data") as handle:
             assert bytes(handle.pread(20 * MIB, 0)) == expected
-
-
-def test_a_detached_loop_device_is_gone() -> None:
-    with served() as daemon:
-        with attached(daemon, "data") as device:
-            assert Path("/sys/block", device.name).exists()
-        assert f"{daemon.directory}/mnt" not in run("losetup", "--list")
 
 
 @pytest.mark.parametrize("is_mounted", [False, True], ids=["idle", "mounted"])

@@ -8,7 +8,6 @@ a request, or by `pmblk detach --all --force`. Then a new daemon serves what was
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -18,13 +17,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pmblkd import loop, mounts
 from tests.harness import fsync_writer
-from tests.harness.command_line import pmblk
+from tests.harness.command_line import detach_all
 from tests.harness.daemon import PMBLK, Daemon, scratch
 from tests.harness.file_systems import ProgramError, attached, check, drop_loop, guarded, make, run
 from tests.harness.programs import wait_for
@@ -271,13 +269,6 @@ def test_when_the_daemon_hangs_a_command_ends_its_mount() -> None:
         assert devices(daemon) == []
         daemon.kill()
         recover(daemon, crowd)
-
-
-def detach_all(daemon: Daemon, *options: str) -> tuple[int, dict[str, Any]]:
-    """Its exit status, and what it said."""
-    done = pmblk("detach", "--all", "--config", str(daemon.config), *options, "--json")
-    assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
 
 
 def linux() -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """The command `pmblk`, asked and awaited; and commands that undo what they made when they end."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.harness.daemon import PMBLK, Daemon
 
@@ -35,6 +37,13 @@ def complaint(done: "subprocess.CompletedProcess[str]") -> str:
     (line,) = done.stderr.splitlines()
     assert line.startswith("pmblk: ")
     return line.removeprefix("pmblk: ")
+
+
+def detach_all(daemon: Daemon, *options: str) -> tuple[int, dict[str, Any]]:
+    """`pmblk detach --all`, with nothing asked of the daemon: its exit status, and its report."""
+    done = pmblk("detach", "--all", "--config", str(daemon.config), *options, "--json")
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
 
 
 def _done(

@@ -14,14 +14,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from pmblkd import loop
 from tests.harness.daemon import Daemon
 
-LOOP_CONTROL = Path("/dev/loop-control")
-LOOP_CTL_REMOVE = 0x4C81  # include/uapi/linux/loop.h
 PROGRAM_SECONDS = 60
 GIVE_UP_SECONDS = 5  # for what was killed to be gone
 TREE = Path("/usr/include/linux")  # a thousand small files that every machine with gcc has
@@ -80,10 +79,17 @@ def _end(process: "subprocess.Popen[str]") -> None:
 @contextlib.contextmanager
 def guarded(daemon: Daemon, *, seconds: float) -> Iterator[None]:
     """SIGKILL for the daemon when the block takes longer than that."""
+    with killing(lambda: [daemon.pid] if daemon.running else [], seconds=seconds):
+        yield
+
+
+@contextlib.contextmanager
+def killing(alive: Callable[[], Sequence[int]], *, seconds: float) -> Iterator[None]:
+    """SIGKILL for those of the processes that are alive when the block takes longer than that."""
 
     def kill() -> None:
-        if daemon.running:
-            os.kill(daemon.pid, signal.SIGKILL)
+        for pid in alive():
+            os.kill(pid, signal.SIGKILL)
 
     timer = threading.Timer(seconds, kill)
     timer.start()
@@ -111,14 +117,19 @@ def drop_loop(device: Path) -> None:
         run("losetup", "--detach", str(device))
     number = int(device.name.removeprefix("loop"))
     deadline = time.monotonic() + GIVE_UP_SECONDS
-    with LOOP_CONTROL.open() as control:
+    with loop.CONTROL.open() as control:
         while time.monotonic() < deadline:
             try:
-                fcntl.ioctl(control, LOOP_CTL_REMOVE, number)
+                fcntl.ioctl(control, loop.LOOP_CTL_REMOVE, number)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     return  # ENODEV: it is gone
             time.sleep(0.02)  # whoever looks at it, udev for one, will let go
+
+
+def setting(device: Path, name: str) -> str:
+    """What /sys/block says of a device. Raises OSError."""
+    return (Path("/sys/block") / device.name / name).read_text().strip()
 
 
 def make(kind: str, device: Path) -> None:
