@@ -80,7 +80,10 @@ def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) ->
 
 def _is_served_by_us(path: Path, mountpoint: Path) -> bool:
     """On our own mount, or on a loop device of a file there."""
-    device = path.parent.stat().st_dev
+    try:
+        device = path.parent.stat().st_dev
+    except OSError:
+        return False  # the look at the media says what is wrong
     mount = mounts.find(mountpoint)
     if mount is not None and (os.major(device), os.minor(device)) == (0, mount.minor):
         return True
