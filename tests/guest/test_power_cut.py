@@ -35,7 +35,7 @@ ENOUGH = 100  # promises for each namespace, before the power goes
 
 # A daemon as it must not be: it maps its file without MAP_SYNC and never asks for a sync. It has a
 # file system of its own, /dev/pmem1: a sync for the others would commit what it has changed, too.
-CARELESS = """
+FORGETFUL = """
 import os
 from pmblk.media import durability
 durability.MAP_SYNC = 0
@@ -66,14 +66,14 @@ socket = "/run/{to}.control"
 
 
 BEFORE = f"""
-cat >/run/careful.toml <<'END'
-{config([*KINDS], to="careful")}
+cat >/run/honest.toml <<'END'
+{config([*KINDS], to="honest")}
 END
-cat >/run/careless.toml <<'END'
-{config(["careless"], to="careless")}
+cat >/run/forgetful.toml <<'END'
+{config(["forgetful"], to="forgetful")}
 END
-cat >/run/careless.py <<'END'
-{CARELESS}
+cat >/run/forgetful.py <<'END'
+{FORGETFUL}
 END
 dax_devices
 for number in 0 1; do
@@ -81,15 +81,15 @@ for number in 0 1; do
     mkdir /run/dax$number
     mount -o dax=always,commit=300 /dev/pmem$number /run/dax$number
 done
-{PMBLK} serve /run/careful.toml &
-{PYTHON} /run/careless.py serve /run/careless.toml &
-await /run/careful.nbd
-await /run/careless.nbd
-{PMBLK} list --json --socket /run/careful.control >/run/w/list
+{PMBLK} serve /run/honest.toml &
+{PYTHON} /run/forgetful.py serve /run/forgetful.toml &
+await /run/honest.nbd
+await /run/forgetful.nbd
+{PMBLK} list --json --socket /run/honest.control >/run/w/list
 for name in {" ".join(KINDS)}; do
-    python3 {HERE}/promises.py "nbd+unix:///$name?socket=/run/careful.nbd" $RANDOM >/run/w/$name &
+    python3 {HERE}/promises.py "nbd+unix:///$name?socket=/run/honest.nbd" $RANDOM >/run/w/$name &
 done
-python3 {HERE}/promises.py "nbd+unix:///careless?socket=/run/careless.nbd" 1 >/run/w/careless &
+python3 {HERE}/promises.py "nbd+unix:///forgetful?socket=/run/forgetful.nbd" 1 >/run/w/forgetful &
 wait -n
 echo "nothing may end before the power cut"
 exit 1
@@ -97,7 +97,7 @@ exit 1
 
 AFTER = f"""
 cat >/run/again.toml <<'END'
-{config([*KINDS, "careless"], to="again")}
+{config([*KINDS, "forgetful"], to="again")}
 END
 dax_devices
 for number in 0 1; do
@@ -106,7 +106,7 @@ for number in 0 1; do
 done
 {PMBLK} serve /run/again.toml &
 await /run/again.nbd
-for name in {" ".join(KINDS)} careless; do
+for name in {" ".join(KINDS)} forgetful; do
     nbdcopy "nbd+unix:///$name?socket=/run/again.nbd" /run/w/$name
 done
 kill %1
@@ -132,21 +132,21 @@ def test_what_was_acknowledged_as_durable_survives_a_power_cut() -> None:
             for name in KINDS:
                 image = (guest.folder / name).read_bytes()
                 assert promises.lost(image, promised[name]) == [], name
-            image = (guest.folder / "careless").read_bytes()
-            assert promises.lost(image, promised["careless"]), "a careless daemon is found out"
+            image = (guest.folder / "forgetful").read_bytes()
+            assert promises.lost(image, promised["forgetful"]), "a forgetful daemon is found out"
 
 
 def _until_the_power_goes(
     nvdimms: Sequence[qemu.Nvdimm],
 ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     """What each writer was promised, and what the daemon said of its namespaces."""
-    names = [*KINDS, "careless"]
+    names = [*KINDS, "forgetful"]
     with qemu.booted(BEFORE, devices=nvdimms) as guest:
         while min(_kept(guest.folder / name) for name in names) < ENOUGH:
-            assert guest.alive, guest.output
+            assert guest.running, guest.output
             time.sleep(0.1)
         time.sleep(random.uniform(0, 0.5))  # at any moment of a batch
-        guest.kill()
+        guest.cut_power()
         promised = {name: (guest.folder / name).read_text().splitlines() for name in names}
         return promised, json.loads((guest.folder / "list").read_text())
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from tests.harness.uml import FAST, Guest, UmlFailed
+from tests.harness.guests import GuestFailed
+from tests.harness.uml import FAST, Guest
 
 REPORT = Path("/run/w/cases")
 # What a kernel says when something broke: its own assertions, a file system, or a device.
@@ -103,7 +104,7 @@ def outcome(guest: Guest, *, seconds: float) -> Outcome:
     output = failure = ""
     try:
         output = guest.wait(seconds)
-    except UmlFailed as error:
+    except GuestFailed as error:
         failure = str(error)
     report = guest.folder / REPORT.name
     lines = report.read_bytes().splitlines() if report.exists() else []

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.file_systems import ProgramError, run
+from tests.harness.guests import ROOT
 
-CACHE = Path(__file__).parents[2] / ".cache"
+CACHE = ROOT / ".cache"
 NAMES = r"^linux-image-6\.1\.0-[0-9]+-amd64$"
 DOWNLOAD_SECONDS = 300
 UNPACK_SECONDS = 120

@@ -7,7 +7,6 @@ qemu-guest.sh. QEMU emulates the processor too (TCG), so times in a guest mean n
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -20,24 +19,20 @@ from typing import Protocol
 
 from tests.harness.debian_kernel import Kernel, kernel
 from tests.harness.file_systems import run as run_program
+from tests.harness.guests import EXPORT_PYTHON_PATH, GuestFailed
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PYTHON_PATH = os.pathsep.join(str(ROOT / folder) for folder in ("backends", "daemon", "."))
 BUSYBOX = Path("/bin/busybox")
 ROOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 CONSOLE_TAIL = 2000
 POLL_SECONDS = 0.05
 
 PRELUDE = f"""
-export PYTHONPATH={PYTHON_PATH} harness={HERE}
+{EXPORT_PYTHON_PATH}
+export harness={HERE}
 set -euo pipefail
 . {HERE}/qemu-guest.sh
 """
-
-
-class GuestFailed(AssertionError):
-    """The script failed in the guest, or the guest did not finish."""
 
 
 # ---- devices
@@ -129,13 +124,13 @@ class Guest:
         return (self.folder / "output").read_text(errors="replace")
 
     @property
-    def alive(self) -> bool:
+    def running(self) -> bool:
         return self._process.poll() is None
 
     def await_line(self, line: str) -> None:
         """Until the script has said it. Raises GuestFailed when the guest ends without."""
         while line not in self.output.splitlines():
-            if not self.alive:
+            if not self.running:
                 raise GuestFailed(f"{line!r} was never said: {self._end()}")
             time.sleep(POLL_SECONDS)
 
@@ -146,8 +141,8 @@ class Guest:
         yield
         (self.folder / f"resumed-{name}").touch()
 
-    def kill(self) -> None:
-        """A power cut: no part of the guest gets to know. It is gone on return."""
+    def cut_power(self) -> None:
+        """No part of the guest gets to know. It is gone on return."""
         self._limit.cancel()
         self._process.kill()
         self._process.wait()
@@ -213,7 +208,7 @@ def booted(
         try:
             yield guest
         finally:
-            guest.kill()
+            guest.cut_power()
 
 
 # ---- QEMU's arguments

@@ -14,20 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.harness.guests import EXPORT_PYTHON_PATH, ROOT, GuestFailed
+
 INIT = Path(__file__).with_name("uml-init.sh")
-ROOT = Path(__file__).parents[2]
 FAST = Path("/dev/shm")  # UML's memory is a file; so is what a guest writes line by line
-
-
-class UmlFailed(AssertionError):
-    """The command failed in the guest, or the guest did not finish."""
 
 
 class Guest:
     """One boot: a bash script as root. Use it with `with`: what still runs then loses its power.
 
     `folder` is /run/w in the guest and stays when it ends, so a later boot finds what this one
-    left there. `disks` are files, /dev/ubda and so on in the guest. Raises UmlFailed.
+    left there. `disks` are files, /dev/ubda and so on in the guest. Raises GuestFailed.
     """
 
     def __init__(
@@ -92,25 +89,24 @@ class Guest:
         os.read(self._gone, 1)
 
     def wait(self, seconds: float) -> str:
-        """Until its script has succeeded; the output. Raises UmlFailed with that output."""
+        """Until its script has succeeded; the output. Raises GuestFailed with that output."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.cut_power()
-            raise UmlFailed(f"not done in {seconds:g} s:\n{self.output}") from None
+            raise GuestFailed(f"not done in {seconds:g} s:\n{self.output}") from None
         status = _text(self.folder / "status").strip()
         if not status:
             words = _text(self.folder / "console")[-2000:]
-            raise UmlFailed(f"the guest ended without a status:\n{words}\n{self.output}")
+            raise GuestFailed(f"the guest ended without a status:\n{words}\n{self.output}")
         if status != "0":
-            raise UmlFailed(f"exit status {status}:\n{self.output}")
+            raise GuestFailed(f"exit status {status}:\n{self.output}")
         return self.output
 
 
-# The guest runs this checkout, whatever its .venv has been made from.
 _ENVIRONMENT = f"""\
 cd {shlex.quote(str(ROOT))}
-export PYTHONPATH={shlex.quote(f"{ROOT}/backends:{ROOT}/daemon:{ROOT}")}
+{EXPORT_PYTHON_PATH}
 python={shlex.quote(sys.executable)}
 """
 

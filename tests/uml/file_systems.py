@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pmblk.representations import KINDS
 from pmblkd.compare import fio
-from tests.harness import nbd_netlink, uml
+from tests.harness import nbd_netlink
 from tests.harness.cases import perform
 from tests.harness.daemon import PMBLK, Daemon, running
 from tests.harness.file_systems import (
@@ -28,6 +28,7 @@ from tests.harness.file_systems import (
     mounted,
     run,
 )
+from tests.harness.guests import ROOT
 from tests.harness.programs import assert_no_complaints, wait_for
 from tests.uml.devices import (
     attached,
@@ -38,7 +39,7 @@ from tests.uml.devices import (
     sysfs,
 )
 
-LIFE = str(uml.ROOT / "tests/harness/fs-life.sh")
+LIFE = str(ROOT / "tests/harness/fs-life.sh")
 LIFE_SECONDS = 90
 MIB = 1 << 20
 WRITES_A_KIND = 300  # at least, from one switch to the next

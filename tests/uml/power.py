@@ -129,8 +129,8 @@ def main() -> None:
         honest = stack.enter_context(served(HONEST, HONEST_NAMES, boot=boot))
         daemons = dict.fromkeys(HONEST_NAMES, honest)
         if boot <= 1:  # what it has lost once is enough
-            liar = stack.enter_context(served(FORGETFUL, FORGETFUL_NAMES, boot=boot))
-            daemons |= dict.fromkeys(FORGETFUL_NAMES, liar)
+            other = stack.enter_context(served(FORGETFUL, FORGETFUL_NAMES, boot=boot))
+            daemons |= dict.fromkeys(FORGETFUL_NAMES, other)
         if boot > 0:
             look_back(daemons, boot)
         if boot < cuts:
