@@ -18,6 +18,7 @@ import pytest
 from tests.guest import promises
 from tests.harness import qemu
 from tests.harness.daemon import scratch
+from tests.harness.programs import wait_for
 
 pytestmark = pytest.mark.guest
 
@@ -32,6 +33,7 @@ KINDS = {
     "pfn": '"pfn"',
 }
 ENOUGH = 100  # promises for each namespace, before the power goes
+GUEST_SECONDS = 300
 
 # A daemon as it must not be: it maps its file without MAP_SYNC and never asks for a sync. It has a
 # file system of its own, /dev/pmem1: a sync for the others would commit what it has changed, too.
@@ -86,10 +88,13 @@ done
 await /run/honest.nbd
 await /run/forgetful.nbd
 {PMBLK} list --json --socket /run/honest.control >/run/w/list
-for name in {" ".join(KINDS)}; do
-    python3 {HERE}/promises.py "nbd+unix:///$name?socket=/run/honest.nbd" $RANDOM >/run/w/$name &
-done
-python3 {HERE}/promises.py "nbd+unix:///forgetful?socket=/run/forgetful.nbd" 1 >/run/w/forgetful &
+seed=SEED
+write() {{
+    python3 {HERE}/promises.py "nbd+unix:///$1?socket=/run/$2.nbd" $seed >/run/w/$1 &
+    seed=$((seed + 1))
+}}
+for name in {" ".join(KINDS)}; do write $name honest; done
+write forgetful forgetful
 wait -n
 echo "nothing may end before the power cut"
 exit 1
@@ -141,11 +146,16 @@ def _until_the_power_goes(
 ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     """What each writer was promised, and what the daemon said of its namespaces."""
     names = [*KINDS, "forgetful"]
-    with qemu.booted(BEFORE, devices=nvdimms) as guest:
-        while min(_kept(guest.folder / name) for name in names) < ENOUGH:
-            assert guest.running, guest.output
-            time.sleep(0.1)
-        time.sleep(random.uniform(0, 0.5))  # at any moment of a batch
+    seed = random.randrange(1 << 20)
+    print(f"seed {seed}")
+    script = BEFORE.replace("SEED", str(seed))
+    with qemu.booted(script, devices=nvdimms, seconds=GUEST_SECONDS) as guest:
+        wait_for(
+            lambda: not guest.running or all(_kept(guest.folder / n) >= ENOUGH for n in names),
+            seconds=GUEST_SECONDS,
+        )
+        time.sleep(random.Random(seed).uniform(0, 0.5))  # at any moment of a batch
+        assert guest.running, guest.output
         guest.cut_power()
         promised = {name: (guest.folder / name).read_text().splitlines() for name in names}
         return promised, json.loads((guest.folder / "list").read_text())

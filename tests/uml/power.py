@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.harness import forgetful
 from tests.harness.cases import perform
 from tests.harness.daemon import PMBLK, Daemon, scratch
-from tests.harness.file_systems import ProgramError, check, make, run
+from tests.harness.file_systems import check, make, run
 from tests.uml import writers
 from tests.uml.devices import attached
 
@@ -79,7 +79,7 @@ def begin(daemon: Daemon, name: str, boot: int, stack: contextlib.ExitStack) -> 
 
 
 def survived(daemon: Daemon, name: str) -> str:
-    """What was checked of a namespace after a power cut. Raises what tells of a loss."""
+    """What was checked of a namespace after a power cut. Raises FilesLost."""
     assert daemon.report(name).durability == "file"
     directory = daemon.directory / name
     directory.mkdir()
@@ -94,10 +94,13 @@ def survived(daemon: Daemon, name: str) -> str:
 
 
 def loss(daemon: Daemon, name: str) -> str:
-    """What is lost there. Raises AssertionError when that is nothing."""
+    """What is lost there. Raises AssertionError when that is nothing.
+
+    A mount that fails, or any other trouble, is no loss that the check has found.
+    """
     try:
         words = survived(daemon, name)
-    except (AssertionError, ProgramError) as found:
+    except writers.FilesLost as found:
         return str(found)
     raise AssertionError(f"nothing was flushed, and no loss was found: {words}")
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from tests.harness import fsync_writer
 
 
+class FilesLost(AssertionError):
+    """Which files do not hold what was promised of them."""
+
+
 def start(directory: Path, seed: int, promises: Path) -> "subprocess.Popen[bytes]":
     """It appends its lines to `promises`, each on its way to the disk before the next is begun."""
     fd = os.open(promises, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_SYNC, 0o600)
@@ -39,7 +43,8 @@ def kept(promises: Path) -> int:
 
 
 def keeps_all(directory: Path, promises: Path) -> str:
-    """What was checked. Raises AssertionError with what is lost."""
+    """What was checked. Raises FilesLost."""
     lost = fsync_writer.lost(directory, lines(promises))
-    assert not lost, f"{len(lost)} files are lost, {kept(promises)} were fsynced: {lost[:5]}"
+    if lost:
+        raise FilesLost(f"{len(lost)} files are lost, {kept(promises)} were fsynced: {lost[:5]}")
     return f"{kept(promises)} fsynced files are there"
