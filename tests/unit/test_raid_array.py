@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry, layouts_of
@@ -189,6 +190,42 @@ async def test_a_member_that_refuses_a_write_is_announced_before_the_write_count
         assert world.announced == [1]
         assert world.members[1].closed
         await world.check()
+
+
+@pytest.mark.parametrize(("level", "members"), [(1, 3), (5, 4)])
+async def test_nothing_that_skips_a_failed_member_counts_before_that_is_announced(
+    level: int, members: int
+) -> None:
+    """After a crash in between, the member that missed it would be taken for whole."""
+    world = World(8, level=level, members=members)
+    announcing, go_on = trio.Event(), trio.Event()
+
+    async def announce(_slot: int, _error: OSError) -> None:
+        announcing.set()
+        await go_on.wait()
+
+    world.array.devices._announce = announce
+    world.members[1].refuses_writes = True
+    done: list[str] = []
+
+    async def write(offset: int) -> None:
+        assert await world.write((offset, world.geometry.stripe_bytes)) == [None]
+        done.append("written")
+
+    async def flush() -> None:
+        await world.array.flush()
+        done.append("flushed")
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, 0)
+            await announcing.wait()
+            nursery.start_soon(write, world.geometry.stripe_bytes)
+            nursery.start_soon(flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert done == []
+            go_on.set()
+    assert sorted(done) == ["flushed", "written", "written"]
 
 
 async def test_a_write_that_no_member_takes_is_an_error() -> None:

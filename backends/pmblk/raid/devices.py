@@ -4,6 +4,7 @@ A round is one batch to each member that takes part, all at once. What failed co
 whether that is made up for, healed, or the end of a member, is for the level to say.
 """
 
+import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import trio
@@ -85,7 +86,7 @@ class Devices:
             for slot in requests:
                 member = self.members[slot]
                 if member is None:  # it failed since the round was planned
-                    failures[slot] = OSError("the member is gone")
+                    failures[slot] = OSError(errno.ENODEV, "the member is gone")
                 else:
                     nursery.start_soon(one, slot, member)
         return failures
@@ -95,7 +96,10 @@ class Devices:
     async def fail(self, failures: Mapping[int, OSError]) -> set[int]:
         """These members are out, durably, unless the array cannot be without them.
 
-        Returns the slots that are still in: what they failed at is an error of the array.
+        Returns the slots that are still in: what they failed at is an error of the array. To be
+        called after every round of writes, also with no failure: it waits for an announcement that
+        is under way, and nothing that skipped the failed member may count before it. After a crash
+        in between, that member would be taken for whole.
         """
         stay = set()
         async with self._failing:
