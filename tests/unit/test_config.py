@@ -164,6 +164,16 @@ def with_fuse(*lines: str) -> str:
     return GOOD + '[fuse]\nmountpoint = "/mnt/x"\n' + "\n".join(lines)
 
 
+def test_a_mountpoint_has_the_name_that_the_kernel_knows_it_by(tmp_path: Path) -> None:
+    """Lists of mounts and of loop devices are compared with it, and have no links."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    text = with_fuse().replace("/mnt/x", f"{tmp_path}/link/mnt")
+    fuse = load(write(tmp_path, text)).fuse
+    assert fuse is not None
+    assert fuse.mountpoint == f"{tmp_path}/real/mnt"
+
+
 def test_a_mount_is_ours_alone_and_its_files_may_be_mapped_unless_it_says_otherwise(
     tmp_path: Path,
 ) -> None:

@@ -89,22 +89,19 @@ class KernelEngine:
 
     def mount(self) -> None:
         """Mounted, and on terms with the kernel. Raises PmblkError; then nothing is mounted."""
-        place = self._mountpoint.resolve()  # before: afterwards it would have us wait for ourselves
         self._fd = mounting.mount(
             self._mountpoint, allow_other=self._allow_other, options=self._options
         )
-        self._mount = mounts.find(place)
+        self._mount = mounts.find(self._mountpoint)
         self._poll.register(self._fd, select.POLLIN)
         try:
             self._shake_hands()
+            refusal = self._passthrough_refusal()
         except BaseException:
             self.unmount()
             raise
-        self._backings.attach(
-            self._fd,
-            minor=0 if self._mount is None else self._mount.minor,
-            refusal=self._passthrough_refusal(),
-        )
+        minor = 0 if self._mount is None else self._mount.minor
+        self._backings.attach(self._fd, minor=minor, refusal=refusal)
 
     def _shake_hands(self) -> None:
         """INIT is the first message, and it is there as soon as mount(2) returns."""
@@ -161,7 +158,7 @@ class KernelEngine:
                     nursery.start_soon(self._unmount_when_told)
                     await self._serve()
                     nursery.cancel_scope.cancel()
-        self._backings.disconnected()
+            self._backings.disconnected()  # whoever still waits gets no answer any more
 
     def stop(self) -> None:
         """No further requests; what has arrived is still answered."""
