@@ -56,8 +56,13 @@ class SimMember(Member):
             raise OSError(errno.EIO, "refused")
         self.flushes += 1
 
-    async def discard(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int) -> None:
         await self._start(())
+        assert offset % BLOCK == length % BLOCK == 0, "whole blocks only"
+        if self.refuses_writes:
+            raise OSError(errno.EIO, "refused")
+        self.bad_blocks -= _blocks(offset, length)
+        self.content[offset : offset + length] = bytes(length)
 
     def close(self) -> None:
         self.closed = True

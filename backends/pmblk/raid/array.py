@@ -1,14 +1,21 @@
 """An array: a range of bytes over members, with the redundancy of its level.
 
-`read`, `write` and `flush` are all that a namespace needs of it. Members are given open, and are
-the array's from then on.
+`read`, `write`, `zero` and `flush` are all that a namespace needs of it. Members are given open,
+and are the array's from then on.
+
+A write that has begun is finished, also when nobody wants it any more: half of one would leave a
+stripe whose parity does not fit its data. What bounds it is the patience with a member.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import trio
 
 from pmblk.raid.buffers import buffer
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
+from pmblk.raid.intents import Intents
 from pmblk.raid.member import Member
 from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
@@ -17,7 +24,10 @@ BLOCK_BYTES = 4096
 
 
 class Array:
-    """`members` are by slot; None is missing. `announce`: see `Devices`."""
+    """`members` are by slot; None is missing. `announce`: see `Devices`.
+
+    `intents` know which regions are being written; None: nobody keeps a bitmap.
+    """
 
     def __init__(
         self,
@@ -26,10 +36,12 @@ class Array:
         *,
         data_offset: int,
         announce: Announce,
+        intents: Intents | None = None,
     ) -> None:
         self.geometry = geometry
         self.size = geometry.size
         self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
+        self.intents = intents
         self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
 
     async def read(self, offset: int, length: int) -> memoryview:
@@ -48,7 +60,15 @@ class Array:
         What is written together is planned together: neighbours become full stripes.
         """
         assert all(0 <= offset <= offset + len(view) <= self.size for offset, view in writes)
-        return await self._level.write(writes)
+        with trio.CancelScope(shield=True):
+            async with self._intended([(offset, len(view)) for offset, view in writes]):
+                errors = await self._level.write(writes)
+        return errors
+
+    def _intended(
+        self, ranges: Iterable[tuple[int, int]]
+    ) -> contextlib.AbstractAsyncContextManager[None, bool | None]:
+        return contextlib.nullcontext() if self.intents is None else self.intents.writing(ranges)
 
     async def flush(self) -> None:
         """All that was written is durable on every member that is in. Raises OSError.

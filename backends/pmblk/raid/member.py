@@ -6,6 +6,7 @@ O_DIRECT wants it. A batch that fails is an OSError; parts of it may have been d
 """
 
 import abc
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,13 @@ class Request(NamedTuple):
 
     offset: int
     view: memoryview
+
+
+class Hung(OSError):
+    """A member has not answered in time. It may yet: the memory of its batch is its for ever."""
+
+    def __init__(self, place: str, seconds: float) -> None:
+        super().__init__(errno.ETIMEDOUT, f"{place} does not answer in {seconds:g} s")
 
 
 class Member(abc.ABC):
@@ -39,8 +47,11 @@ class Member(abc.ABC):
         """All writes that have returned are durable. Raises OSError."""
 
     @abc.abstractmethod
-    async def discard(self, offset: int, length: int) -> None:
-        """The range may read as anything from now on; a hint. Raises OSError."""
+    async def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeroes, and gives its space back where it can.
+
+        Whole blocks. Raises OSError; EOPNOTSUPP where only writing zeroes would do.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

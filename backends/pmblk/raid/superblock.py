@@ -74,6 +74,8 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     """`entries` are the slots of the geometry in their order, and then the spares.
 
     `resync_position`: up to there the parity was made right since the last unclean stop.
+    `whole_events`: what `events` was when every slot was whole last. Who left then or later lacks
+    no more than what the write-intent bitmap names.
     """
 
     array: uuid.UUID
@@ -94,6 +96,7 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     journal_offset: int = 0
     journal_bytes: int = 0
     checksums_offset: int = 0
+    whole_events: int = 0
 
     @property
     def age(self) -> tuple[int, int]:
@@ -123,8 +126,8 @@ _IDENTITY = struct.Struct("<8sII16s16s64sQQQQ")
 # level, layout, members, copies, chunk bytes, member bytes, data offset
 _SHAPE = struct.Struct("<BBHHxxIQQ")
 # flags, resync position, reshape position, reshape members, bitmap chunk, journal offset and bytes,
-# checksums offset, entries
-_STATE = struct.Struct("<IxxxxQQIIQQQI4x")
+# checksums offset, entries, whole events
+_STATE = struct.Struct("<IxxxxQQIIQQQI4xQ")
 _ENTRY = struct.Struct("<16sB7xQ")
 _SHAPE_OFFSET = 192
 _STATE_OFFSET = 256
@@ -133,7 +136,7 @@ _CRC_OFFSET = 8
 
 assert _IDENTITY.size == 144 <= _SHAPE_OFFSET
 assert _SHAPE.size == 28 <= _STATE_OFFSET - _SHAPE_OFFSET
-assert _STATE.size == 64 <= _ENTRIES_OFFSET - _STATE_OFFSET
+assert _STATE.size == 72 <= _ENTRIES_OFFSET - _STATE_OFFSET
 assert _ENTRY.size == 32
 assert _ENTRIES_OFFSET + ENTRIES_MAX * _ENTRY.size <= BLOCK_BYTES
 
@@ -166,7 +169,7 @@ def encode(superblock: Superblock) -> bytes:
         *(superblock.reshape_position, superblock.reshape_members),
         superblock.bitmap_chunk_bytes,
         *(superblock.journal_offset, superblock.journal_bytes),
-        *(superblock.checksums_offset, len(entries)),
+        *(superblock.checksums_offset, len(entries), superblock.whole_events),
     )
     for number, entry in enumerate(entries):
         place = _ENTRIES_OFFSET + number * _ENTRY.size
@@ -199,7 +202,8 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
     shape = _SHAPE.unpack_from(block, _SHAPE_OFFSET)
     level, layout, members, copies, chunk_bytes, member_bytes, data_offset = shape
     state = _STATE.unpack_from(block, _STATE_OFFSET)
-    flags, resync, reshape, reshape_members, bitmap_chunk, journal, length, checksums, count = state
+    flags, resync, reshape, reshape_members, bitmap_chunk, journal, length, checksums, *rest = state
+    count, whole_events = rest
     if unknown := flags & ~int(~Flag(0)):
         raise Unknown(f"features {unknown:#x}, which this program does not know")
     geometry = Geometry(
@@ -231,6 +235,7 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
         journal_offset=journal,
         journal_bytes=length,
         checksums_offset=checksums,
+        whole_events=whole_events,
     )
 
 

@@ -1,0 +1,181 @@
+"""The superblock of an array on all of its members: what is decided is there before it counts.
+
+There are two kinds of change. A change of roles (`change_roles`, `fail`) is a new `events`: it is
+written to all who stay, and once more as SETTLED; only then may anything be written that skips who
+left (`pmblk.raid.assembly` has the other half of that rule). Any other change (`update`) is a new
+`generation`, written once.
+
+Who does not take its superblock is failed too, and the rest told. If the array cannot be without
+it, the change is an OSError, for ever: nothing may count that the members cannot be told.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import trio
+from msgspec.structs import replace
+
+from pmblk.raid.buffers import aligned
+from pmblk.raid.layout import survives
+from pmblk.raid.member import Member, Request
+from pmblk.raid.superblock import SLOT_OFFSETS, Entry, Flag, State, Superblock, encode
+
+Out = Callable[[int, OSError], None]
+Change = Callable[[Superblock], Superblock]
+
+
+class Seat(msgspec.Struct):
+    """A member that has an entry. `slot_number`: which of its two superblocks is the older one."""
+
+    member: Member
+    slot_number: int
+
+
+class Keeper:
+    """`seats` are by the number of their entry. `out(number, error)`: that member was failed here.
+
+    `superblock` is what is in force, in the words of no particular member.
+    """
+
+    def __init__(self, superblock: Superblock, seats: Mapping[int, Seat], *, out: Out) -> None:
+        self.superblock = superblock
+        self.seats = dict(seats)
+        self._out = out
+        self._changing = trio.Lock()
+        self._refusal: OSError | None = None
+
+    def entry(self, number: int) -> Entry:
+        return self.superblock.entries[number]
+
+    # ---- changes
+
+    async def update(self, **fields: Any) -> None:
+        """What is no role: fields of the superblock. Raises OSError."""
+        async with self._changing:
+            await self._put(_again(self.superblock, **fields))
+
+    async def change_roles(self, change: Change) -> None:
+        """`change` makes the new superblock of the one in force. Raises OSError."""
+        async with self._changing:
+            await self._settle(change(self.superblock))
+
+    async def fail(self, number: int, error: OSError) -> None:
+        """This member is out; the others know when this returns. Raises OSError."""
+        async with self._changing:
+            self.seats.pop(number, None)
+            if self.entry(number).state is not State.FAULTY:
+                await self._settle(_with_state(self.superblock, number, State.FAULTY))
+            if self._refusal is not None:
+                raise self._refusal
+
+    async def store(self, offset: int, view: memoryview, *, durable: bool) -> None:
+        """The same bytes on every member that holds data, outside of the data. Raises OSError."""
+        async with self._changing:
+            await self._lose(await self._each_stores(offset, view, durable))
+
+    async def _each_stores(
+        self, offset: int, view: memoryview, durable: bool
+    ) -> dict[int, OSError]:
+        async def one(number: int, seat: Seat) -> None:
+            if self.entry(number).state in (State.ACTIVE, State.REBUILDING):
+                await seat.member.write((Request(offset, view),))
+                if durable:
+                    await seat.member.flush()
+
+        return await self._each(one)
+
+    # ---- the members, told
+
+    async def _put(self, superblock: Superblock) -> None:
+        self._check()
+        self.superblock = superblock
+        await self._lose(await self._write(superblock))
+
+    async def _settle(self, superblock: Superblock) -> None:
+        """New roles to all who stay, then once more as settled."""
+        self._check()
+        superblock = _again(
+            superblock,
+            events=self.superblock.events + 1,
+            flags=superblock.flags & ~Flag.SETTLED,
+        )
+        self.superblock = superblock
+        failures = await self._write(superblock)
+        if not failures:
+            self.superblock = _again(superblock, flags=superblock.flags | Flag.SETTLED)
+            failures = await self._write(self.superblock)
+        await self._lose(failures)
+
+    async def _lose(self, failures: Mapping[int, OSError]) -> None:
+        """Who failed to be told is out, and the others are told that."""
+        if not failures:
+            return
+        superblock = self.superblock
+        for number, error in failures.items():
+            if not self._can_lose(superblock, number):
+                self._refusal = error
+                raise error
+            superblock = _with_state(superblock, number, State.FAULTY)
+            self.seats.pop(number, None)
+            self._out(number, error)
+        await self._settle(superblock)
+
+    def _can_lose(self, superblock: Superblock, number: int) -> bool:
+        geometry = superblock.geometry
+        lost = {
+            slot
+            for slot, entry in enumerate(superblock.entries[: geometry.members])
+            if entry.state is not State.ACTIVE or slot not in self.seats
+        }
+        return number >= geometry.members or survives(geometry, lost | {number})
+
+    def _check(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def _write(self, superblock: Superblock) -> dict[int, OSError]:
+        async def one(number: int, seat: Seat) -> None:
+            own = replace(superblock, member=superblock.entries[number].member)
+            block = aligned(encode(own))
+            await seat.member.write((Request(SLOT_OFFSETS[seat.slot_number], block),))
+            await seat.member.flush()
+            seat.slot_number ^= 1
+
+        return await self._each(one)
+
+    async def _each(self, what: "Callable[[int, Seat], Any]") -> dict[int, OSError]:
+        """All seats at once; what failed, by number."""
+        failures: dict[int, OSError] = {}
+
+        async def guarded(number: int, seat: Seat) -> None:
+            try:
+                await what(number, seat)
+            except OSError as error:
+                failures[number] = error
+
+        async with trio.open_nursery() as nursery:
+            for number, seat in self.seats.items():
+                nursery.start_soon(guarded, number, seat)
+        return failures
+
+
+def _again(superblock: Superblock, **fields: Any) -> Superblock:
+    return replace(
+        superblock,
+        generation=superblock.generation + 1,
+        updated_ns=time.time_ns(),
+        **fields,
+    )
+
+
+def _with_state(superblock: Superblock, number: int, state: State) -> Superblock:
+    return with_entry(superblock, number, replace(superblock.entries[number], state=state))
+
+
+def with_entry(superblock: Superblock, number: int, entry: Entry) -> Superblock:
+    """The same with another entry at that number, which may be the first behind the last."""
+    entries = [*superblock.entries]
+    entries[number : number + 1] = [entry]
+    return replace(superblock, entries=tuple(entries))
