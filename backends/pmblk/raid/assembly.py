@@ -85,7 +85,7 @@ def assemble(
     left_out.update(stale)
     slots, spares, doubles = _seats(current, newest)
     dirty = any(Flag.DIRTY in found.flags for found in current.values())
-    obstacles = [*_split_brain(ours, current, newest), *doubles]
+    obstacles = [*_unfinished(newest), *_split_brain(ours, current, newest), *doubles]
     obstacles += _shortage(newest, slots, degraded=degraded)
     obstacles += _doubt(newest, slots, dirty=dirty, force=force)
     return Assembly(
@@ -167,6 +167,11 @@ def _seats(
     slots = tuple(seats.get(slot) for slot in range(members))
     spares = tuple(seats[number] for number in sorted(seats) if number >= members)
     return slots, spares, doubles
+
+
+def _unfinished(newest: Superblock) -> Iterable[str]:
+    if not newest.events:
+        yield "it was never finished making: make it again"
 
 
 def _split_brain(

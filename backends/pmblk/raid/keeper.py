@@ -34,7 +34,8 @@ class Seat(msgspec.Struct):
 
 
 class Keeper:
-    """`seats` are by the number of their entry. `out(number, error)`: that member was failed here.
+    """`seats` are by the number of their entry. `out(number, error)`: that member was failed here,
+    and is closed.
 
     `superblock` is what is in force, in the words of no particular member.
     """
@@ -51,10 +52,10 @@ class Keeper:
 
     # ---- changes
 
-    async def update(self, **fields: Any) -> None:
-        """What is no role: fields of the superblock. Raises OSError."""
+    async def update(self, change: Change) -> None:
+        """What is no role; `change` makes the new superblock of the one in force. Raises OSError."""
         async with self._changing:
-            await self._put(_again(self.superblock, **fields))
+            await self._put(_again(change(self.superblock)))
 
     async def change_roles(self, change: Change) -> None:
         """`change` makes the new superblock of the one in force. Raises OSError."""
@@ -101,6 +102,8 @@ class Keeper:
             events=self.superblock.events + 1,
             flags=superblock.flags & ~Flag.SETTLED,
         )
+        if all(entry.state is State.ACTIVE for entry in superblock.slots):
+            superblock = replace(superblock, whole_events=superblock.events)
         self.superblock = superblock
         failures = await self._write(superblock)
         if not failures:
@@ -118,7 +121,7 @@ class Keeper:
                 self._refusal = error
                 raise error
             superblock = _with_state(superblock, number, State.FAULTY)
-            self.seats.pop(number, None)
+            self.seats.pop(number).member.close()
             self._out(number, error)
         await self._settle(superblock)
 
@@ -126,7 +129,7 @@ class Keeper:
         geometry = superblock.geometry
         lost = {
             slot
-            for slot, entry in enumerate(superblock.entries[: geometry.members])
+            for slot, entry in enumerate(superblock.slots)
             if entry.state is not State.ACTIVE or slot not in self.seats
         }
         return number >= geometry.members or survives(geometry, lost | {number})
