@@ -63,7 +63,19 @@ class Array:
         with trio.CancelScope(shield=True):
             async with self._intended([(offset, len(view)) for offset, view in writes]):
                 errors = await self._level.write(writes)
+            self._doubt_what_failed(writes, errors)
         return errors
+
+    def _doubt_what_failed(
+        self, writes: Sequence[tuple[int, memoryview]], errors: Sequence[OSError | None]
+    ) -> None:
+        """Copies may differ there, or parity may not fit, until a resync has been there."""
+        if self.intents is not None and any(errors):
+            self.intents.doubt(
+                (offset, len(view))
+                for (offset, view), error in zip(writes, errors, strict=True)
+                if error is not None
+            )
 
     def _intended(
         self, ranges: Iterable[tuple[int, int]]
