@@ -67,12 +67,24 @@ class Array:
         with trio.CancelScope(shield=True):
             async with self._intended([(offset, len(view)) for offset, view in writes]):
                 errors = await self._level.write(writes)
+            self._doubt_what_failed(writes, errors)
         return errors
 
     @property
     def locks(self) -> RowLocks:
         """Of rows where there is parity, else of chunks of the array: a sweep takes them too."""
         return self._level.locks
+
+    def _doubt_what_failed(
+        self, writes: Sequence[tuple[int, memoryview]], errors: Sequence[OSError | None]
+    ) -> None:
+        """Copies may differ there, or parity may not fit, until a resync has been there."""
+        if self.intents is not None and any(errors):
+            self.intents.doubt(
+                (offset, len(view))
+                for (offset, view), error in zip(writes, errors, strict=True)
+                if error is not None
+            )
 
     def _intended(
         self, ranges: Iterable[tuple[int, int]]
