@@ -31,9 +31,7 @@ class Survey(msgspec.Struct, frozen=True):
     labels: Mapping[str, Label]
     problems: Mapping[str, str]
 
-    def judge(
-        self, *, array: uuid.UUID | None, degraded: bool, force: bool
-    ) -> Assembly:
+    def judge(self, *, array: uuid.UUID | None, degraded: bool, force: bool) -> Assembly:
         """Raises PmblkError when there is nothing to assemble."""
         candidates = [Candidate(place, label.found) for place, label in self.labels.items()]
         try:
@@ -83,9 +81,7 @@ async def assemble(
         if assembly.obstacles:
             raise PmblkError(_explained(assembly, found))
         seats = await _seats(assembly, found)
-        running = RunningArray(
-            assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace
-        )
+        running = RunningArray(assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace)
         await running.start(dirty=assembly.dirty)
     except OSError as error:
         found.close()

@@ -37,8 +37,8 @@ from pmblk.raid.superblock import (
     Flag,
     State,
     Superblock,
-    Unknown,
     SuperblockError,
+    Unknown,
 )
 
 ZERO_BYTES = 1 << 20  # what is written at once where nothing else makes zeroes

@@ -53,7 +53,7 @@ class Keeper:
     # ---- changes
 
     async def update(self, change: Change) -> None:
-        """What is no role; `change` makes the new superblock of the one in force. Raises OSError."""
+        """What is no role; `change` makes the new superblock from that in force. Raises OSError."""
         async with self._changing:
             await self._put(_again(change(self.superblock)))
 

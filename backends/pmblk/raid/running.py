@@ -21,7 +21,6 @@ from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.creation import blank
 from pmblk.raid.intents import Intents
-from pmblk.raid.journaling import JournalReplay
 from pmblk.raid.keeper import Keeper, Seat, with_entry
 from pmblk.raid.labels import read_label
 from pmblk.raid.layout import survives
@@ -80,7 +79,6 @@ class RunningArray:
             data_offset=superblock.data_offset,
             announce=self._announce,
             intents=self._intents,
-            journal=_journal_area(superblock),
         )
         self._devices = self.array.devices
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace())
@@ -92,9 +90,7 @@ class RunningArray:
         async def store(offset: int, view: memoryview) -> None:
             await self._keeper.store(BITMAP_OFFSET + offset, view, durable=True)
 
-        return Intents(
-            size=self.size, region_bytes=superblock.bitmap_chunk_bytes, store=store
-        )
+        return Intents(size=self.size, region_bytes=superblock.bitmap_chunk_bytes, store=store)
 
     @property
     def superblock(self) -> Superblock:
@@ -115,9 +111,6 @@ class RunningArray:
                 self._devices.rebuilt[slot] = done
         if self._intents is not None:
             self._intents.load(await self._bitmaps())
-        journal = self.array.journal
-        if journal is not None:
-            await self._take_up(await journal.replay())
         if dirty:
             self._upkeep.resync = self._doubtful()
         self._upkeep.keep_marks_while_degraded()
@@ -155,17 +148,9 @@ class RunningArray:
                 found.append(bytes(view))
         return found
 
-    async def _take_up(self, replayed: JournalReplay) -> None:
-        """What the journal could not mend is lost: EIO, and never made up."""
-        for slot, chunk in replayed.lost:
-            member = self._devices.members[slot]
-            if member is not None:
-                lost = bad_blocks_of(member)
-                await lost.lose(self._devices.place(chunk), self.geometry.chunk_bytes)
-
     def _doubtful(self) -> tuple[tuple[int, int], ...]:
         """Where copies or parity may not fit after an unclean stop: offsets and lengths."""
-        if not self.geometry.redundancy or (self.array.journal and self.geometry.parities):
+        if not self.geometry.redundancy:
             return ()
         if self._intents is not None:
             return tuple(self._intents.dirty_ranges())
@@ -288,7 +273,7 @@ class RunningArray:
         self._places[entry.member] = member.place
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
-        self._upkeep.wake()
+        self._upkeep.hurry()
 
     async def _add_spare(self, place: str, member: Member, stale_slot: int) -> None:
         superblock = self.superblock
@@ -308,7 +293,7 @@ class RunningArray:
         self._keeper.seats[number] = Seat(wrapped, stale_slot)
         await self._told(self._keeper.change_roles(lambda one: with_entry(one, number, entry)))
         self._places[entry.member] = place
-        self._upkeep.wake()
+        self._upkeep.hurry()
 
     async def replace(self, old: str, new: str) -> None:
         """The new one takes the slot of the old one, which serves until both hold the same."""
@@ -326,7 +311,7 @@ class RunningArray:
         seat = self._keeper.seats[number]
         self._devices.members[slot] = Replacing(before, seat.member)
         self._upkeep.replacements[slot] = number
-        self._upkeep.wake()
+        self._upkeep.hurry()
 
     def scrub(self, *, repair: bool) -> None:
         """Read all of it, and see whether it fits; `repair`: mend what does not."""
@@ -413,9 +398,14 @@ class RunningArray:
             member=entry.member,
             state=state,
             checkpoint=checkpoint,
-            bad_blocks=bad_blocks_of(seat.member).count if seat is not None else 0,
+            bad_blocks=_bad_blocks(seat),
             reason=self._reasons.get(entry.member, ""),
         )
+
+
+def _bad_blocks(seat: Seat | None) -> int:
+    known = None if seat is None else bad_blocks_of(seat.member)
+    return 0 if known is None else known.count
 
 
 def _clean(superblock: Superblock) -> Superblock:
@@ -436,9 +426,3 @@ def _needed_bytes(superblock: Superblock) -> int:
     if superblock.checksums_offset:
         end = superblock.checksums_offset + checksums_bytes(superblock.geometry.member_bytes)
     return end
-
-
-def _journal_area(superblock: Superblock) -> tuple[int, int] | None:
-    if Flag.JOURNAL not in superblock.flags:
-        return None
-    return superblock.journal_offset, superblock.journal_bytes

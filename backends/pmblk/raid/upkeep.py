@@ -43,6 +43,7 @@ class Upkeep:
         self.scrub: Scrub | None = None
         self.scrubbed: SweepStatus | None = None  # what the last one came to
         self.sweep: Sweep | None = None
+        self.refusal: OSError | None = None
         self._array = array
         self._devices = array.devices
         self._keeper = keeper
@@ -55,7 +56,10 @@ class Upkeep:
         async with trio.open_nursery() as nursery:
             if self._array.intents is not None:
                 nursery.start_soon(self._clear_marks, self._array.intents)
-            await self._work()
+            try:
+                await self._work()
+            except OSError as error:  # members cannot be told of a change: nothing changes any more
+                self.refusal = error
 
     async def _clear_marks(self, intents: Intents) -> None:
         while True:
@@ -75,9 +79,9 @@ class Upkeep:
         self.returned.pop(number, None)
         for slot, taker in list(self.replacements.items()):
             if number in (slot, taker):
-                del self.replacements[slot]
+                self._call_off(slot)
         self.keep_marks_while_degraded()
-        self.wake()
+        self.hurry()
 
     # ---- one after the other
 
@@ -86,16 +90,17 @@ class Upkeep:
         self._wanted.set()
         self._wanted = trio.Event()
 
-    def interrupt(self) -> None:
-        """The sweep that runs ends where it is; whatever is most urgent then comes next."""
-        self._sweeping.cancel()
+    def hurry(self) -> None:
+        """There may be something to do that a scrub must not hold up: it ends where it is."""
+        self.stop_scrub()
+        self.wake()
 
     def stop_scrub(self) -> None:
         """What it has found stays."""
         self.scrub = None
         if self.sweep is not None and self.sweep.kind in ("check", "repair"):
             self.scrubbed = self.sweep.status()
-            self.interrupt()
+            self._sweeping.cancel()
 
     async def _work(self) -> None:
         while True:
@@ -105,14 +110,20 @@ class Upkeep:
             if self.sweep is None:
                 await wanted.wait()
                 continue
-            with trio.CancelScope() as self._sweeping:
-                try:
-                    await self.sweep.run()
-                except OSError as error:
-                    await self._broken(self.sweep, error)
-                else:
-                    await self._finished(self.sweep)
+            await self._do(self.sweep)
             self.sweep = None
+
+    async def _do(self, sweep: Sweep) -> None:
+        failure: OSError | None = None
+        with trio.CancelScope() as self._sweeping:
+            try:
+                await sweep.run()
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            await self._broken(sweep, failure)
+        elif not self._sweeping.cancelled_caught:
+            await self._finished(sweep)
 
     def _next_sweep(self) -> Sweep | None:
         array, pace = self._array, self._pace
@@ -153,8 +164,11 @@ class Upkeep:
             self.resync = ()  # what it cannot mend is for reads to find
         elif sweep.kind == "rebuild" and sweep.slot in self._devices.rebuilt:
             await self._devices.fail({sweep.slot: error})
-        elif sweep.kind == "replace" and sweep.slot is not None:
-            self.replacements.pop(sweep.slot, None)
+        elif sweep.kind == "replace" and sweep.slot in self.replacements:
+            number = self.replacements[sweep.slot]
+            self._call_off(sweep.slot)
+            self._keeper.seats[number].member.close()
+            await self._keeper.fail(number, error)
         elif sweep.kind in ("check", "repair"):
             self.scrub = None
             self.scrubbed = sweep.status()
@@ -162,20 +176,18 @@ class Upkeep:
     # ---- resync
 
     async def _resynced_to(self, position: int) -> None:
-        """`position` counts the bytes of the ranges that are done, from the first on."""
-        done, rest = _split(self.resync, position)
-        self.resync = rest
+        """All up to there fits, durably."""
+        done = [(at, min(n, position - at)) for at, n in self.resync if at < position]
+        rest = [(max(at, position), at + n) for at, n in self.resync if at + n > position]
+        self.resync = tuple((at, end - at) for at, end in rest)
         if self._array.intents is not None:
             for offset, length in done:
                 await self._array.intents.cleaned(offset, length)
-        elif rest:
-            await self._keeper.update(lambda one: replace(one, resync_position=rest[0][0]))
+        elif self.resync:
+            await self._keeper.update(lambda one: replace(one, resync_position=position))
 
     async def _resynced(self) -> None:
-        ranges, self.resync = self.resync, ()
-        if self._array.intents is not None:
-            for offset, length in ranges:
-                await self._array.intents.cleaned(offset, length)
+        await self._resynced_to(self._array.size)
         await self._keeper.update(lambda one: replace(one, resync_position=self._array.size))
 
     # ---- rebuild
@@ -256,11 +268,13 @@ class Upkeep:
         """Both hold the same now: the new one has the slot, and the old one leaves."""
         slot = sweep.slot
         assert slot is not None
-        number = self.replacements.pop(slot, None)
+        number = self.replacements.get(slot)
         member = self._devices.members[slot]
-        if number is None or not isinstance(member, Replacing) or not member.whole:
+        if number is None or not isinstance(member, Replacing) or member.new_error is not None:
             return  # one of them failed at the very end
         await self._array.flush()
+        if slot not in self.replacements or member.new_error is not None:
+            return
 
         def change(superblock: Superblock) -> Superblock:
             whole = Entry(superblock.entries[number].member, State.ACTIVE)
@@ -268,5 +282,17 @@ class Upkeep:
 
         new = self._keeper.seats.pop(number)
         self._keeper.seats[slot] = new
+        del self.replacements[slot]
         await self._keeper.change_roles(change)
-        self._devices.members[slot] = member.take_over()
+        if self._devices.members[slot] is member:
+            self._devices.members[slot] = member.new
+        member.close()
+
+    def _call_off(self, slot: int) -> None:
+        """The old one goes on alone; the new one is whatever became of it."""
+        del self.replacements[slot]
+        member = self._devices.members[slot]
+        if isinstance(member, Replacing):
+            self._devices.members[slot] = member.old
+        if self.sweep is not None and self.sweep.kind == "replace" and self.sweep.slot == slot:
+            self._sweeping.cancel()
