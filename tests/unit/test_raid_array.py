@@ -42,6 +42,7 @@ class World:
         self.members = [
             SimMember(size, self.chosen, name=f"m{slot}") for slot in range(self.geometry.members)
         ]
+        self.members[-1].cannot_zero = self.chosen.random() < 0.5
         self.announced: list[int] = []
         self.array = Array(
             self.geometry, self.members, data_offset=DATA_OFFSET, announce=self._announce
@@ -54,7 +55,7 @@ class World:
 
     @property
     def lost(self) -> set[int]:
-        return {slot for slot, member in enumerate(self.members) if member.gone}
+        return {slot for slot, one in enumerate(self.members) if one.gone or one.hangs}
 
     def extent(self) -> tuple[int, int]:
         """Any range; often whole blocks, sometimes whole stripes."""
@@ -73,8 +74,17 @@ class World:
                 self.model[offset : offset + len(view)] = view
         return errors
 
-    async def check(self) -> None:
-        assert bytes(await self.array.read(0, self.array.size)) == bytes(self.model)
+    async def zero(self, offset: int, length: int) -> None:
+        await self.array.zero(offset, length)
+        self.model[offset : offset + length] = bytes(length)
+
+    async def check(self, offset: int = 0, length: int | None = None) -> None:
+        """It reads as it should, also when hung reads go on after that."""
+        length = self.array.size if length is None else length
+        found = await self.array.read(offset, length)
+        for member in self.members:
+            member.scribble()
+        assert bytes(found) == bytes(self.model[offset : offset + length])
 
     def amplification(self) -> tuple[int, int]:
         """Bytes that the members read and wrote since the last call."""
@@ -97,16 +107,16 @@ async def test_what_is_written_is_read_also_with_every_loss_that_is_allowed(
 
 async def _something_happens(world: World) -> None:
     chosen = world.chosen
-    what = chosen.randrange(20)
+    what = chosen.randrange(21)
     if what < 10:
         batch = [world.extent() for _ in range(chosen.choice([1, 1, 2, 5]))]
         assert await world.write(*batch) == [None] * len(batch)
     elif what < 16:
-        offset, length = world.extent()
-        found = await world.array.read(offset, length)
-        assert bytes(found) == bytes(world.model[offset : offset + length])
+        await world.check(*world.extent())
     elif what == 16:
         await world.array.flush()
+    elif what == 20:
+        await world.zero(*world.extent())
     elif what == 17:
         _lose_a_member(world)
     elif what == 18:
@@ -118,7 +128,7 @@ async def _something_happens(world: World) -> None:
 def _lose_a_member(world: World) -> None:
     slot = world.chosen.randrange(world.geometry.members)
     if survives(world.geometry, world.lost | {slot}) and not _spoiled(world):
-        world.members[slot].gone = True
+        setattr(world.members[slot], world.chosen.choice(["gone", "hangs"]), True)
 
 
 def _spoil_a_block(world: World) -> None:

@@ -16,7 +16,7 @@ from pmblk.raid.buffers import aligned, buffer, numbers
 from pmblk.raid.devices import Devices
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
-from pmblk.raid.member import Request
+from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
@@ -92,7 +92,7 @@ class Rows:
         found = await self._recover(row, piece.start, piece.end, slot)
         view[:] = found
         if slot not in self._devices.unreadable(row):  # it is there, and may have a bad sector
-            await self._devices.fail(await self._devices.write({slot: [Request(place, found)]}))
+            await self._devices.heal({slot: [Request(place, found)]})
 
     async def _recover(self, row: int, start: int, end: int, wanted: int) -> memoryview:
         """Bytes `start` to `end` of the chunk in the slot `wanted`. Raises OSError (EIO)."""
@@ -142,6 +142,8 @@ class Rows:
         for row, parts in layer.items():
             try:
                 ready[row] = [await self._filled_up(row, part) for part in parts]
+            except Hung:
+                raise
             except OSError as error:
                 errors[row] = error
         errors.update(await self._update(ready))
@@ -196,6 +198,25 @@ class Rows:
             for row in planned:
                 errors[row] = failures[slot]
         return errors
+
+    # ---- zeroes
+
+    async def zero(self, first: int, end: int) -> None:
+        """Rows `first` to `end`, on all members that are in: the parity of zeroes is zero.
+
+        Raises OSError.
+        """
+        where = (self._devices.place(first), (end - first) * self._geometry.chunk_bytes)
+        async with self._locks.hold(range(first, end)):
+            missing = self._devices.missing
+            if len(missing) > self._geometry.parities:
+                raise OSError(errno.EIO, f"{len(missing)} members are missing")
+            present = set(range(self._geometry.members)) - missing
+            failures = await self._devices.zero({slot: [where] for slot in present})
+            for slot in await self._devices.fail(failures):
+                raise failures[slot]
+
+    # ---- parts of a write
 
     def _old_chunks(
         self, planned: Mapping[int, Sequence[Segment]]
