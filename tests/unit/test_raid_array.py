@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from pmblk.raid import buffers
 from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry, layouts_of
 from pmblk.raid.layout import survives
@@ -92,6 +93,19 @@ class World:
         for member in self.members:
             member.reads = member.writes = 0
         return found
+
+
+@pytest.fixture(autouse=True)
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an array forgets to fill shows."""
+    lend = buffers._Pool.lend
+
+    def dirty(pool: buffers._Pool, length: int) -> memoryview:
+        view = lend(pool, length)
+        view[:] = b"\xdd" * len(view)
+        return view
+
+    monkeypatch.setattr(buffers._Pool, "lend", dirty)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import trio
 
-from pmblk.raid.buffers import buffer
+from pmblk.raid.buffers import buffer, scratch
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
@@ -57,7 +57,7 @@ class Array:
             return memoryview(b"")
         first, last = offset & -BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
         while True:
-            target = buffer(last - first)
+            target = scratch(last - first)
             try:
                 await self._level.read(first, target)
             except Hung:

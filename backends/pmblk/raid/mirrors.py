@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, buffer
+from pmblk.raid.buffers import aligned, scratch
 from pmblk.raid.devices import Devices, Range
 from pmblk.raid.layout import Place, copies
 from pmblk.raid.locks import RowLocks
@@ -141,7 +141,7 @@ class Mirrors:
         first, last = start & -BLOCK_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES
         if (first, last) == (start, end):
             return Part(part.chunk, start, aligned(part.view), part.write)
-        whole = Part(part.chunk, first, buffer(last - first), part.write)
+        whole = Part(part.chunk, first, scratch(last - first), part.write)
         await self._read_some_copy(whole)
         whole.view[start - first : end - first] = part.view
         return whole

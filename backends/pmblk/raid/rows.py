@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, buffer, numbers
+from pmblk.raid.buffers import aligned, numbers, scratch
 from pmblk.raid.devices import Devices
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
@@ -104,14 +104,14 @@ class Rows:
                 made = recipe(self._stripes[row], lost=lost, wanted=[wanted])
             except TooManyLost as error:
                 raise OSError(errno.EIO, f"row {row}: {error}") from error
-            sources = {slot: buffer(end - start) for slot in made.sources}
+            sources = {slot: scratch(end - start) for slot in made.sources}
             failures = await self._devices.read(
                 {slot: [Request(place, view)] for slot, view in sources.items()}
             )
             if not failures:
                 break
             blind |= set(failures)
-        output = buffer(end - start)
+        output = scratch(end - start)
         combine(
             [made.rows[wanted]], [numbers(view) for view in sources.values()], [numbers(output)]
         )
@@ -155,7 +155,7 @@ class Rows:
         start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
         if (start, end) == (piece.start, piece.end):
             return Part(piece, aligned(part.view), part.write)
-        view = buffer(end - start)
+        view = scratch(end - start)
         whole = Piece(piece.index, start, end)
         await self._read_locked(row, whole, view)
         view[piece.start - start : piece.end - start] = part.view
@@ -226,7 +226,7 @@ class Rows:
         batch: Batch = {}
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
-                olds[row, number] = views = [buffer(segment.length) for _ in segment.reads]
+                olds[row, number] = views = [scratch(segment.length) for _ in segment.reads]
                 place = self._devices.place(row, segment.start)
                 for slot, view in zip(segment.reads, views, strict=True):
                     batch.setdefault(slot, []).append(Request(place, view))
@@ -248,7 +248,7 @@ class Rows:
             if stripe.data[index] in segment.stores:
                 batch.setdefault(stripe.data[index], []).append(Request(place, view))
         if segment.parity:
-            outputs = [buffer(segment.length) for _ in segment.parity]
+            outputs = [scratch(segment.length) for _ in segment.parity]
             combine(
                 list(segment.parity.values()),
                 [numbers(view) for view in (*olds, *new)],
@@ -289,7 +289,7 @@ def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview
     ]
     if len(found) == 1:
         return found[0]
-    whole, position = buffer(segment.length), 0
+    whole, position = scratch(segment.length), 0
     for view in found:
         whole[position : position + len(view)] = view
         position += len(view)
