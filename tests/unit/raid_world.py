@@ -51,7 +51,7 @@ class World:
 
     @property
     def lost(self) -> set[int]:
-        return {slot for slot, member in enumerate(self.members) if member.gone}
+        return {slot for slot, one in enumerate(self.members) if one.gone or one.hangs}
 
     def extent(self) -> tuple[int, int]:
         """Any range; often whole blocks, sometimes whole stripes."""
@@ -70,8 +70,17 @@ class World:
                 self.model[offset : offset + len(view)] = view
         return errors
 
-    async def check(self) -> None:
-        assert bytes(await self.array.read(0, self.array.size)) == bytes(self.model)
+    async def zero(self, offset: int, length: int) -> None:
+        await self.array.zero(offset, length)
+        self.model[offset : offset + length] = bytes(length)
+
+    async def check(self, offset: int = 0, length: int | None = None) -> None:
+        """It reads as it should, also when hung reads go on after that."""
+        length = self.array.size if length is None else length
+        found = await self.array.read(offset, length)
+        for member in self.members:
+            member.scribble()
+        assert bytes(found) == bytes(self.model[offset : offset + length])
 
     def amplification(self) -> tuple[int, int]:
         """Bytes that the members read and wrote since the last call."""
@@ -84,7 +93,7 @@ class World:
 def lose_a_member(world: World) -> None:
     slot = world.chosen.randrange(world.geometry.members)
     if survives(world.geometry, world.lost | {slot}) and not spoiled(world):
-        world.members[slot].gone = True
+        setattr(world.members[slot], world.chosen.choice(["gone", "hangs"]), True)
 
 
 def spoil_a_block(world: World) -> None:
