@@ -5,9 +5,12 @@ from typing import Any
 
 import trio
 
+from pmblk.raid.areas import checksums_bytes
 from pmblk.raid.array import Array
+from pmblk.raid.checksummed import Checksummed
 from pmblk.raid.geometry import Geometry, layouts_of
 from pmblk.raid.layout import survives
+from pmblk.raid.member import Member
 from pmblk.raid.superblock import DATA_OFFSET
 from tests.unit.sim_member import SimMember
 
@@ -32,18 +35,27 @@ class World:
     """An array over simulated members, and what it should hold."""
 
     def __init__(self, seed: int, *, chunks: int = 12, **shape: Any) -> None:
+        checksums = shape.pop("checksums", False)
         self.chosen = random.Random(seed)
         shape.setdefault("layout", layouts_of(shape["level"])[0])
         self.geometry = Geometry(member_bytes=chunks * CHUNK, chunk_bytes=CHUNK, **shape)
-        size = DATA_OFFSET + chunks * CHUNK
+        size = DATA_OFFSET + chunks * CHUNK + checksums_bytes(chunks * CHUNK) * checksums
         self.members = [
             SimMember(size, self.chosen, name=f"m{slot}") for slot in range(self.geometry.members)
         ]
         self.announced: list[int] = []
-        self.array = Array(
-            self.geometry, self.members, data_offset=DATA_OFFSET, announce=self._announce
-        )
+        wrapped = [self._checksummed(one) if checksums else one for one in self.members]
+        self.array = Array(self.geometry, wrapped, data_offset=DATA_OFFSET, announce=self._announce)
         self.model = bytearray(self.array.size)
+
+    def _checksummed(self, member: SimMember) -> Member:
+        length = self.geometry.member_bytes
+        return Checksummed(
+            member,
+            data_offset=DATA_OFFSET,
+            member_bytes=length,
+            checksums_offset=DATA_OFFSET + length,
+        )
 
     async def _announce(self, slot: int, _error: OSError) -> None:
         await trio.lowlevel.checkpoint()

@@ -36,6 +36,15 @@ async def remembering(member: Member, *, data_offset: int) -> "BadBlocks":
     return BadBlocks(member, data_offset=data_offset, blocks=blocks, sequence=sequence)
 
 
+async def forget(member: Member) -> None:
+    """No log on a device that becomes a member: what lies there now is somebody else's.
+
+    Raises OSError.
+    """
+    await member.write((Request(BAD_BLOCKS_OFFSET, buffer(BAD_BLOCKS_BYTES)),))
+    await member.flush()
+
+
 def bad_blocks_of(member: Member | None) -> "BadBlocks | None":
     """The log of a member, whatever is wrapped around it."""
     while member is not None and not isinstance(member, BadBlocks):

@@ -92,6 +92,7 @@ class Sweep:
         self.end = self._work.units * self._work.unit_bytes
         self.position = min(position, self.end)
         self._todo = self._units(ranges)
+        self._operations = array.operations  # of clients, up to the last batch
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
         if kind == "rebuild":
             assert slot is not None
@@ -144,16 +145,17 @@ class Sweep:
 
     async def _batch(self, first: int, last: int) -> None:
         """One batch, and the rest of the time that it should take."""
-        started, operations = trio.current_time(), self._array.operations
+        started = trio.current_time()
         await trio.lowlevel.checkpoint()
         with trio.CancelScope(shield=True):
             await self._step(first, last)
         self.position = last * self._work.unit_bytes
-        self._sample()
-        limit = self.pace.limit(busy=self._array.operations != operations)
+        limit = self.pace.limit(busy=self._array.operations != self._operations)
+        self._operations = self._array.operations
         if limit:
             wanted = (last - first) * self._work.unit_bytes / limit
             await trio.sleep_until(started + wanted)
+        self._sample()
 
     async def _step(self, first: int, last: int) -> None:
         while True:
