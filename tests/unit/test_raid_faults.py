@@ -17,8 +17,9 @@ from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.member import Hung, Member
 from pmblk.raid.opening import open_member
+from pmblk.raid.superblock import DATA_OFFSET
+from tests.unit.raid_world import CHUNK, SHAPES, World, name
 from tests.unit.sim_member import SimMember
-from tests.unit.test_raid_array import CHUNK, DATA_OFFSET, SHAPES, World, name
 from tests.unit.test_raid_nbd_member import Server
 
 REDUNDANT = [shape for shape in SHAPES if shape["level"]]

@@ -188,9 +188,9 @@ def _split_brain(
         elif place in current:
             rivals = []
         else:
-            out = (State.FAULTY, State.EMPTY)
+            # Whom it does not know came later, and says nothing.
             rivals = [
-                other for member, other in seated.items() if theirs.get(member, out[1]) in out
+                other for member, other in seated.items() if theirs.get(member) is State.FAULTY
             ]
         if rivals:
             lines.append(

@@ -21,8 +21,8 @@ from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.creation import blank
 from pmblk.raid.intents import Intents
-from pmblk.raid.keeper import Keeper, Seat, with_entry
-from pmblk.raid.labels import read_label
+from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
+from pmblk.raid.labels import Label, read_label
 from pmblk.raid.layout import survives
 from pmblk.raid.member import Member, Request
 from pmblk.raid.replacing import Replacing
@@ -222,17 +222,21 @@ class RunningArray:
             )
         if number in self._upkeep.replacements.values():
             raise PmblkError(f"{place} takes over from a member", hint="fail it first")
-        seat = self._keeper.seats.pop(number, None)
-        if seat is not None:
-            seat.member.close()
-        await self._told(
-            self._keeper.change_roles(lambda one: _trimmed(with_entry(one, number, EMPTY)))
-        )
+
+        def change(superblock: Superblock) -> Superblock:
+            seat = self._keeper.seats.pop(number, None)
+            if seat is not None:
+                seat.member.close()
+            return trimmed(with_entry(superblock, number, EMPTY))
+
+        await self._told(self._keeper.change_roles(change))
         self._places.pop(entry.member, None)
         self._reasons.pop(entry.member, None)
 
     async def add(self, place: str) -> None:
         """A spare; a member that comes back takes its slot again, and only what it lacks."""
+        if any(seat.member.place == place for seat in self._keeper.seats.values()):
+            raise PmblkError(f"{place} is in the array already")
         member = await self._opener(place)
         try:
             label = await self._told(read_label(member))
@@ -243,13 +247,11 @@ class RunningArray:
                         f"{place} is a member of another array ({found.name}, {found.array})",
                         hint="erase it (pmblk raid erase), if nobody needs that",
                     )
-                if any(seat.member.place == place for seat in self._keeper.seats.values()):
-                    raise PmblkError(f"{place} is in the array already")
                 slot = self._slot_to_return_to(found)
                 if slot is not None:
                     await self._take_back(slot, member, label.stale_slot)
                     return
-            await self._add_spare(place, member, label.stale_slot)
+            await self._add_spare(place, member, label)
         except BaseException:
             member.close()
             raise
@@ -266,16 +268,22 @@ class RunningArray:
     async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
         assert self._intents is not None
         wrapped = await self._wrap(member, self.superblock)
-        self._keeper.seats[slot] = Seat(wrapped, stale_slot)
-        self._upkeep.returned[slot] = ()
         entry = Entry(self._keeper.entry(slot).member, State.REBUILDING)
-        await self._told(self._keeper.change_roles(lambda one: with_entry(one, slot, entry)))
+
+        def change(superblock: Superblock) -> Superblock | None:
+            if slot in self._keeper.seats:
+                return None
+            self._keeper.seats[slot] = Seat(wrapped, stale_slot)
+            self._upkeep.returned[slot] = ()
+            return with_entry(superblock, slot, entry)
+
+        await self._told(self._keeper.change_roles(change))
         self._places[entry.member] = member.place
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
         self._upkeep.hurry()
 
-    async def _add_spare(self, place: str, member: Member, stale_slot: int) -> None:
+    async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
         needed = _needed_bytes(superblock)
         if member.size < needed:
@@ -284,14 +292,22 @@ class RunningArray:
             )
         if member.block_bytes > 4096:
             raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
-        if len(superblock.entries) == ENTRIES_MAX:
-            raise PmblkError("the array has as many spares as there can be")
         entry = Entry(uuid.uuid4(), State.SPARE)
         await self._told(blank(member, superblock))
         wrapped = await self._wrap(member, superblock)
-        number = len(superblock.entries)
-        self._keeper.seats[number] = Seat(wrapped, stale_slot)
-        await self._told(self._keeper.change_roles(lambda one: with_entry(one, number, entry)))
+
+        def change(superblock: Superblock) -> Superblock | None:
+            if isinstance(label.found, Superblock):  # what it was here before is over
+                superblock = without(superblock, label.found.member)
+            number = superblock.free_entry
+            if number == ENTRIES_MAX:
+                return None
+            self._keeper.seats[number] = Seat(wrapped, label.stale_slot)
+            return with_entry(superblock, number, entry)
+
+        await self._told(self._keeper.change_roles(change))
+        if all(one.member != entry.member for one in self.superblock.entries):
+            raise PmblkError("the array has as many spares as there can be")
         self._places[entry.member] = place
         self._upkeep.hurry()
 
@@ -410,14 +426,6 @@ def _bad_blocks(seat: Seat | None) -> int:
 
 def _clean(superblock: Superblock) -> Superblock:
     return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
-
-
-def _trimmed(superblock: Superblock) -> Superblock:
-    """Without empty entries behind the slots, at the end."""
-    entries = [*superblock.entries]
-    while len(entries) > superblock.geometry.members and entries[-1].state is State.EMPTY:
-        entries.pop()
-    return replace(superblock, entries=tuple(entries))
 
 
 def _needed_bytes(superblock: Superblock) -> int:

@@ -7,6 +7,7 @@ without a member takes the first spare there is.
 Not here: what the sweeps do (`sweep`), and what people ask for (`running`).
 """
 
+import errno
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 
 from pmblk.raid.array import Array
 from pmblk.raid.intents import Intents
-from pmblk.raid.keeper import Keeper, with_entry
+from pmblk.raid.keeper import Keeper, trimmed, with_entry
 from pmblk.raid.replacing import Replacing
 from pmblk.raid.status import SweepStatus
 from pmblk.raid.superblock import EMPTY, Entry, State, Superblock
@@ -209,21 +210,18 @@ class Upkeep:
 
     async def seat(self, number: int, slot: int) -> None:
         """The member of that entry sits in the slot from now on, to be filled. Raises OSError."""
-        seat = self._keeper.seats.pop(number)
-        self._keeper.seats[slot] = seat
+        seats = self._keeper.seats
 
-        def change(superblock: Superblock) -> Superblock:
+        def change(superblock: Superblock) -> Superblock | None:
+            if slot in seats or number not in seats:
+                return None  # somebody was faster, or it has failed
+            seats[slot] = seats.pop(number)
             before = superblock.entries[slot]
             taker = Entry(superblock.entries[number].member, State.REBUILDING)
             return with_entry(with_entry(superblock, number, before), slot, taker)
 
-        try:
-            await self._keeper.change_roles(change)
-        except OSError:
-            self._keeper.seats.pop(slot, None)
-            seat.member.close()
-            raise
-        if slot in self._keeper.seats:  # and not failed by this very change
+        await self._keeper.change_roles(change)
+        if slot in seats and slot in self._devices.missing:  # not failed by this very change
             self.take_in(slot)
 
     def take_in(self, slot: int) -> None:
@@ -236,7 +234,9 @@ class Upkeep:
             if slot in self.returned:
                 return  # it is whole but for some ranges: a position says nothing
 
-            def change(superblock: Superblock) -> Superblock:
+            def change(superblock: Superblock) -> Superblock | None:
+                if slot not in self._devices.rebuilt:
+                    return None
                 entry = replace(superblock.entries[slot], checkpoint=position)
                 return with_entry(superblock, slot, entry)
 
@@ -248,15 +248,15 @@ class Upkeep:
         slot = sweep.slot
         assert slot is not None
 
-        def change(superblock: Superblock) -> Superblock:
+        def change(superblock: Superblock) -> Superblock | None:
+            if slot not in self._devices.rebuilt:
+                return None  # it failed at the very end
             whole = Entry(superblock.entries[slot].member, State.ACTIVE)
             return with_entry(superblock, slot, whole)
 
         await self._array.flush()
         if self._array.intents is not None:
             await self._array.intents.store_all()  # it has missed marks, too
-        if slot not in self._devices.rebuilt:
-            return  # it failed at the very end
         await self._keeper.change_roles(change)
         self._devices.rebuilt.pop(slot, None)
         self.returned.pop(slot, None)
@@ -273,26 +273,26 @@ class Upkeep:
         if number is None or not isinstance(member, Replacing) or member.new_error is not None:
             return  # one of them failed at the very end
         await self._array.flush()
-        if slot not in self.replacements or member.new_error is not None:
-            return
+        seats = self._keeper.seats
 
-        def change(superblock: Superblock) -> Superblock:
-            whole = Entry(superblock.entries[number].member, State.ACTIVE)
-            return with_entry(with_entry(superblock, number, EMPTY), slot, whole)
-
-        new = self._keeper.seats.pop(number)
-        self._keeper.seats[slot] = new
-        del self.replacements[slot]
-        await self._keeper.change_roles(change)
-        if self._devices.members[slot] is member:
+        def change(superblock: Superblock) -> Superblock | None:
+            if slot not in self.replacements or member.new_error is not None:
+                return None
+            del self.replacements[slot]
+            seats[slot] = seats.pop(number)
             self._devices.members[slot] = member.new
-        member.close()
+            member.close()
+            whole = Entry(superblock.entries[number].member, State.ACTIVE)
+            return trimmed(with_entry(with_entry(superblock, number, EMPTY), slot, whole))
+
+        await self._keeper.change_roles(change)
 
     def _call_off(self, slot: int) -> None:
         """The old one goes on alone; the new one is whatever became of it."""
         del self.replacements[slot]
         member = self._devices.members[slot]
         if isinstance(member, Replacing):
+            member.give_up(OSError(errno.ENODEV, "the replacement was called off"))
             self._devices.members[slot] = member.old
         if self.sweep is not None and self.sweep.kind == "replace" and self.sweep.slot == slot:
             self._sweeping.cancel()
