@@ -185,6 +185,22 @@ async def test_a_server_that_stands_still_is_no_more_than_a_lost_member(director
         server.stop()
 
 
+@pytest.mark.parametrize("inline", [(), (0,), (0, 1, 2), (0, 1, 2, 3)])
+async def test_members_that_are_memory_and_others_take_part_in_one_round(
+    inline: tuple[int, ...],
+) -> None:
+    world = World(23, level=5, members=4)
+    for slot in inline:
+        world.members[slot].inline = True
+    for _ in range(20):
+        assert await world.write(*(world.extent() for _ in range(3))) == [None] * 3
+        await world.check()
+    world.members[3].hangs = world.members[3].refuses_writes = True
+    assert await world.write((0, world.array.size)) == [None]
+    await world.check()
+    assert world.announced == [3]
+
+
 # ---- announcements
 
 

@@ -22,6 +22,7 @@ from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
 
 BLOCK_BYTES = 4096
+TURN_BYTES = 64 << 10  # a turn for others costs 3 us, a third of what 4 KiB of memory take
 ZERO_BYTES = 64 << 20  # of each member, made zero at once
 ZERO_CHUNKS_MAX = 1024  # and so many locks are held for it
 
@@ -53,12 +54,17 @@ class Array:
         self._slice_bytes = chunks * self._unit_bytes
 
     async def read(self, offset: int, length: int) -> memoryview:
-        """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost."""
+        """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost.
+
+        Others have a turn, unless it is short and all of it is a copy of memory.
+        """
         assert 0 <= offset <= offset + length <= self.size
         if not length:
             return memoryview(b"")
         first, last = offset & -BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
         self.operations += 1
+        if length >= TURN_BYTES:
+            await trio.lowlevel.checkpoint()
         while True:
             target = scratch(last - first)
             try:

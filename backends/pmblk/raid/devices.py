@@ -126,7 +126,8 @@ class Devices:
             except OSError as error:
                 results.append((slot, member, error))
 
-        if len(slots) == 1:
+        if len(slots) == 1 or all(map(self._is_inline, slots)):
+            # Copies of memory wait for nothing, and a task for each costs more than they do.
             for slot in slots:
                 await one(slot)
             return results
@@ -134,6 +135,10 @@ class Devices:
             for slot in slots:
                 nursery.start_soon(one, slot)
         return results
+
+    def _is_inline(self, slot: int) -> bool:
+        member = self.members[slot]
+        return member is None or member.inline
 
     def _failures(self, results: Iterable[_Result]) -> Failures:
         """By slot. Who has left the slot since failed before, and who sits there now has not."""
