@@ -82,6 +82,7 @@ class Work(abc.ABC):
         self.slot = -1 if slot is None else slot
         self.whole = whole
         self.findings = findings
+        self._filled: Member | None = None
         self.batch_units = max(1, batch_bytes // self.geometry.chunk_bytes)
         self.space = Space(self.batch_units * self.geometry.chunk_bytes)
 
@@ -131,6 +132,7 @@ class Work(abc.ABC):
         ]
         target = self._target()
         await self._fill(target, requests)
+        self._target()  # it is there yet, so it is this one that has them
         for chunk, block in lost:
             log = bad_blocks_of(target)
             place = self.devices.place(chunk, block * BLOCK_BYTES)
@@ -140,7 +142,8 @@ class Work(abc.ABC):
 
     def _target(self) -> Member:
         member = self.devices.members[self.slot]
-        if member is None:
+        self._filled = self._filled or member
+        if member is None or member is not self._filled:
             raise OSError(errno.ENODEV, f"the member in slot {self.slot} has left")
         if self.kind != "replace":
             return member

@@ -29,7 +29,7 @@ class Replacing(Member):
     """`position`: up to that byte of the device the new one holds all that the old one does."""
 
     def __init__(self, old: Member, new: Member, *, own_bytes: int = DATA_OFFSET) -> None:
-        assert new.size >= old.size or new.size > own_bytes
+        assert new.size > own_bytes
         self.place = old.place
         self.size = min(old.size, new.size)
         self.block_bytes = max(old.block_bytes, new.block_bytes)

@@ -24,9 +24,6 @@ from pmblk.raid.member import Request
 from pmblk.raid.parity import Bytes, combine
 from pmblk.raid.recovery import Recipe, TooManyLost, recipe
 
-Made = tuple[Recipe, tuple[int, ...]]
-"""How a row is made, and whom all of it concerns: a key for rows that are alike."""
-
 
 class RowSweeps(Work):
     def __init__(self, *arguments: object, locks: RowLocks, **options: object) -> None:
@@ -60,7 +57,7 @@ class RowSweeps(Work):
         if found is None:
             stripe = self._stripes[row]
             if self.kind == "rebuild":
-                found = recipe(stripe, lost=gone, wanted=[self.slot])
+                found = _in_order(recipe(stripe, lost=gone, wanted=[self.slot]))
             else:
                 surplus = _surplus(stripe, gone)
                 found = recipe(stripe, lost={*gone, *surplus}, wanted=surplus)
@@ -123,12 +120,12 @@ class RowSweeps(Work):
             return True
         start = 0
         while start < len(recipes):
-            end, factors = start + 1, _factors(recipes[start])
-            while end < len(recipes) and _factors(recipes[end]) == factors:
+            made, end = recipes[start], start + 1
+            while end < len(recipes) and recipes[end] == made:  # rows that are alike: as one
                 end += 1
             combine(
-                [list(factors.values())],
-                [self._part(slot, start, end) for slot in factors],
+                list(made.rows.values()),
+                [self._part(slot, start, end) for slot in made.sources],
                 [self._part(self.slot, start, end)],
             )
             start = end
@@ -291,10 +288,13 @@ def _surplus(stripe: Stripe, gone: frozenset[int]) -> list[int]:
     return [slot for slot in order if slot not in gone][len(stripe.data) :]
 
 
-def _factors(made: Recipe) -> dict[int, int]:
-    """Of the one slot that is made, by source in their order."""
-    (factors,) = made.rows.values()
-    return dict(sorted(zip(made.sources, factors, strict=True)))
+def _in_order(made: Recipe) -> Recipe:
+    """The same sum of one slot, with its sources by slot: so rows of one sum are seen to be so."""
+    ((slot, factors),) = made.rows.items()
+    pairs = sorted(zip(made.sources, factors, strict=True))
+    return Recipe(
+        tuple(source for source, _ in pairs), {slot: tuple(factor for _, factor in pairs)}
+    )
 
 
 def _without(output: Bytes, image: Image, chunk: int) -> list[tuple[int, int]]:

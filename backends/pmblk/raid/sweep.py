@@ -29,7 +29,7 @@ from pmblk.raid.mirror_sweeps import MirrorSweeps
 from pmblk.raid.row_sweeps import RowSweeps
 from pmblk.raid.status import SweepKind, SweepStatus
 
-BATCH_BYTES = 512 << 10
+BATCH_BYTES = 1 << 20
 """Of each member: all of a batch should stay in the processor's caches."""
 CHECKPOINT_SECONDS = 8.0
 SPEED_SECONDS = 5.0
