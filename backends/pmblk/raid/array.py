@@ -16,6 +16,7 @@ from pmblk.raid.buffers import buffer
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.member import Member
 from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
@@ -26,7 +27,9 @@ BLOCK_BYTES = 4096
 class Array:
     """`members` are by slot; None is missing. `announce`: see `Devices`.
 
-    `intents` know which regions are being written; None: nobody keeps a bitmap.
+    `intents` know which regions are being written; None: nobody keeps a bitmap. `journal` is the
+    offset and length of its area on every member, at the levels with parity; its `replay` comes
+    before anything is read or written.
     """
 
     def __init__(
@@ -37,12 +40,20 @@ class Array:
         data_offset: int,
         announce: Announce,
         intents: Intents | None = None,
+        journal: tuple[int, int] | None = None,
     ) -> None:
         self.geometry = geometry
         self.size = geometry.size
         self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
         self.intents = intents
-        self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
+        self.journal: Journaling | None = None
+        if journal is not None:
+            assert geometry.parities, "copies have no write hole that reads would make up"
+            offset, length_bytes = journal
+            self.journal = Journaling(self.devices, offset=offset, length_bytes=length_bytes)
+        self._level = (
+            Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
+        )
 
     async def read(self, offset: int, length: int) -> memoryview:
         """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost."""

@@ -53,6 +53,10 @@ class Devices:
         """Where a chunk lies on each member's device, in bytes."""
         return self._data_offset + chunk * self.geometry.chunk_bytes + start
 
+    def row_at(self, offset: int) -> int:
+        """The number of the chunk that lies there on each member's device."""
+        return (offset - self._data_offset) // self.geometry.chunk_bytes
+
     # ---- rounds
 
     async def read(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
@@ -66,9 +70,11 @@ class Devices:
         self.write_bytes += _bytes_of(requests, failures)
         return failures
 
-    async def flush(self) -> Failures:
-        present = {slot: () for slot, member in enumerate(self.members) if member is not None}
-        return await self._round(present, "flush")
+    async def flush(self, slots: Collection[int] | None = None) -> Failures:
+        """Of these slots, or of all members that are in."""
+        if slots is None:
+            slots = [slot for slot, member in enumerate(self.members) if member is not None]
+        return await self._round(dict.fromkeys(slots, ()), "flush")
 
     async def _round(self, requests: Mapping[int, Sequence[Request]], what: str) -> Failures:
         failures: Failures = {}

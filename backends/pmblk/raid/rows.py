@@ -3,8 +3,8 @@
 A read goes straight to where the data lie. What cannot be read is made from the rest of its row,
 under the row's lock, and written back to a member that is there: that heals a bad sector. A batch
 of writes takes the locks of all its rows, reads what `pmblk.raid.plan` asks for in one round,
-computes, and writes data and parity in another. A member that does not take a write is failed,
-durably, before the write counts.
+computes, and writes data and parity in another, which the journal has recorded by then. A member
+that does not take a write is failed, durably, before the write counts.
 """
 
 import errno
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from pmblk.raid.buffers import aligned, buffer, numbers
-from pmblk.raid.devices import Devices
+from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Request
@@ -36,10 +37,11 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Rows:
-    """One for an array with parity."""
+    """One for an array with parity. `journal`: closes its write hole; None: it stays open."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, *, journal: Journaling | None = None) -> None:
         self._devices = devices
+        self._journal = journal
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self._locks = RowLocks()
@@ -144,8 +146,20 @@ class Rows:
                 ready[row] = [await self._filled_up(row, part) for part in parts]
             except OSError as error:
                 errors[row] = error
-        errors.update(await self._update(ready))
+        for some in self._batches(ready):
+            errors.update(await self._update(some))
         return errors
+
+    def _batches(
+        self, parts: Mapping[int, Sequence[Part]]
+    ) -> Iterable[Mapping[int, Sequence[Part]]]:
+        """Rows that the journal can record together."""
+        count = len(parts) or 1
+        if self._journal is not None:
+            count = self._journal.payload_bytes_max // self._geometry.chunk_bytes
+        rows = list(parts)
+        for first in range(0, len(rows), count):
+            yield {row: parts[row] for row in rows[first : first + count]}
 
     async def _filled_up(self, row: int, part: Part) -> Part:
         """The part in whole blocks: what it lacks of them is read."""
@@ -191,11 +205,32 @@ class Rows:
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
                 self._add_stores(batch, row, segment, parts[row], olds.get((row, number), []))
-        failures = await self._devices.write(batch)
-        for slot in await self._devices.fail(failures):
-            for row in planned:
-                errors[row] = failures[slot]
+        for failure in (await self._carry_out(batch, planned)).values():
+            errors.update(dict.fromkeys(planned, failure))
         return errors
+
+    async def _carry_out(self, batch: Batch, planned: Mapping[int, Sequence[Segment]]) -> Failures:
+        """The round of writes; what failed of slots that stay in."""
+        if self._journal is None or not batch:
+            return await self._write_all(batch)
+        full = {
+            self._devices.place(row, segment.start)
+            for row, segments in planned.items()
+            for segment in segments
+            if segment.way == "full"
+        }
+        try:
+            ticket = await self._journal.record(batch, full)
+        except OSError as error:
+            return dict.fromkeys(batch, error)
+        try:
+            return await self._write_all(batch)
+        finally:
+            self._journal.written(ticket)
+
+    async def _write_all(self, batch: Batch) -> Failures:
+        failures = await self._devices.write(batch)
+        return {slot: failures[slot] for slot in await self._devices.fail(failures)}
 
     def _old_chunks(
         self, planned: Mapping[int, Sequence[Segment]]
