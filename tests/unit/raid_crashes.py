@@ -15,7 +15,9 @@ import trio
 from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry, layouts_of
 from pmblk.raid.layout import survives
+from pmblk.raid.member import Request
 from pmblk.raid.replaying import JournalReplay
+from pmblk.raid.rows import Rows
 from tests.unit.volatile_member import SECTOR, Power, PowerCut, VolatileMember
 
 CHUNK = 8192
@@ -83,6 +85,7 @@ class World:
         self.geometry = Geometry(member_bytes=ROWS * CHUNK, chunk_bytes=CHUNK, **shape)
         self.journal = JOURNAL if journal else None
         self.images = [bytes(DATA_OFFSET + ROWS * CHUNK)] * self.geometry.members
+        self.bad_blocks: list[set[int]] = [set() for _ in self.images]
         self.lost: set[int] = set()
         self.promise = Promise(
             bytes(self.geometry.size), torn_bytes=(self.geometry.data_members - 1) * CHUNK + 1
@@ -97,6 +100,9 @@ class World:
             VolatileMember(image, self.power, self.chosen, name=f"m{slot}")
             for slot, image in enumerate(self.images)
         ]
+        for member, bad in zip(self.members, self.bad_blocks, strict=True):
+            member.bad_blocks |= bad
+            member.durably_bad |= bad
         self.array = Array(
             self.geometry,
             [None if slot in self.lost else one for slot, one in enumerate(self.members)],
@@ -108,8 +114,7 @@ class World:
             return None
         found = await self.array.journal.replay()
         for slot, offset, length in found.lost:
-            blocks = range(offset // BLOCK, (offset + length) // BLOCK)
-            self.members[slot].bad_blocks.update(blocks)
+            self.members[slot].lose(offset, length)
         return found
 
     async def _announce(self, slot: int, _error: OSError) -> None:
@@ -120,6 +125,39 @@ class World:
 
     def crash(self) -> None:
         self.images = [one.after_the_cut() for one in self.members]
+        self.bad_blocks = [one.durably_bad for one in self.members]
+
+    @property
+    def has_bad_blocks(self) -> bool:
+        """Some of a torn stripe was lost: what else is in its block rows has no redundancy."""
+        return any(one.bad_blocks or one.durably_bad for one in self.members)
+
+    def lose_some_member(self) -> None:
+        """One that the array can be without."""
+        losses = [lost for lost in self.losses() if len(lost) == len(self.lost) + 1]
+        if losses and not self.has_bad_blocks:
+            self.lost = set(self.chosen.choice(losses))
+
+    async def take_back(self, slot: int) -> None:
+        """A member that was lost is there again with all that it had, and is rebuilt."""
+        devices, rows = self.array.devices, self.array._level
+        assert isinstance(rows, Rows)
+        member = VolatileMember(
+            self.members[slot].after_the_cut(), self.power, self.chosen, name=f"m{slot}"
+        )
+        self.members[slot] = member
+        devices.rebuilt[slot] = 0
+        devices.members[slot] = member
+        if self.array.journal is not None:
+            await self.array.journal.renew()
+        for row in range(ROWS):
+            async with rows._locks.hold((row,)):
+                content = await rows._recover(row, 0, CHUNK, slot)
+                await member.write([Request(devices.place(row), content)])
+                devices.rebuilt[slot] = row + 1
+        await member.flush()
+        del devices.rebuilt[slot]
+        self.lost.discard(slot)
 
     def losses(self) -> Iterator[frozenset[int]]:
         """Every set of members that may be lost now, none among them."""
@@ -131,6 +169,10 @@ class World:
     # ---- work
 
     async def work(self, steps: int, *, failing: bool = False) -> None:
+        if self.has_bad_blocks:  # a part of such a block row cannot be written
+            await self.write(0, self.array.size)
+            await self.flush()
+            assert not self.has_bad_blocks
         for _ in range(steps):
             what = self.chosen.randrange(8)
             if what == 0:
@@ -139,6 +181,8 @@ class World:
                 await self._write_side_by_side()
             elif what == 4 and failing:
                 self._spoil_a_member()
+            elif what == 5 and failing and self.lost and not self.has_bad_blocks:
+                await self.take_back(self.chosen.choice(sorted(self.lost)))
             else:
                 await self.write(*self._extent(0, self.array.size))
 
@@ -175,7 +219,8 @@ class World:
     def _spoil_a_member(self) -> None:
         slot = self.chosen.randrange(self.geometry.members)
         spoiled = {slot for slot, one in enumerate(self.members) if one.refuses_writes}
-        if survives(self.geometry, self.lost | spoiled | {slot}):
+        spoiled |= self.lost | {slot}
+        if survives(self.geometry, spoiled) and not self.has_bad_blocks:
             self.members[slot].refuses_writes = True
 
     # ---- what is found

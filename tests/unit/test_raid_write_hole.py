@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.unit.raid_crashes import SHAPES, World, is_cut, name
+from tests.unit.volatile_member import PowerCut
 
 
 async def crashed(seed: int, cut_at: int, *, steps: int = 8, **options: Any) -> World | None:
@@ -44,6 +45,44 @@ async def test_every_block_is_what_it_should_be_after_a_crash_and_any_loss(
         assert await broken_after_each_loss(world) == [], f"cut at {cut_at}"
         cut_at += 1
     assert cut_at > 20
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("seed", range(12))
+async def test_crashes_one_after_the_other_with_losses_failures_and_returns_do_no_harm(
+    shape: dict[str, Any], seed: int
+) -> None:
+    """The power goes in the middle of starts too."""
+    world = World(seed, **shape)
+    starts = crashes = 0
+    while starts < 6:
+        if not await _starts(world):
+            crashes += 1
+            continue
+        starts += 1
+        assert await world.broken() == []
+        await world.accept()
+        if not world.has_bad_blocks:
+            for lost in world.losses():
+                assert await world.same_without(lost), f"redundancy is whole: {lost}"
+        world.power.cut_at = world.power.steps + world.chosen.randint(1, 90)
+        crashes += await is_cut(world, 12, failing=True)
+        world.crash()
+        if world.chosen.random() < 0.2:
+            world.lose_some_member()
+    assert crashes
+
+
+async def _starts(world: World) -> bool:
+    started = False
+    cut_at = world.chosen.choice([None, None, 1, 2, 3, 5, 8, 13])
+    try:
+        await world.start(cut_at=cut_at)
+        started = True
+    except* PowerCut:
+        world.crash()
+    world.power.cut_at = None
+    return started
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)

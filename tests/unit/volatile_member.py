@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import trio
 
 from pmblk.raid.member import Request
-from tests.unit.sim_member import SimMember
+from tests.unit.sim_member import BLOCK, SimMember
 
 SECTOR = 512
 
@@ -47,6 +47,12 @@ class VolatileMember(SimMember):
         self._power = power
         self._durable = bytearray(content)
         self._cache: dict[int, list[bytes]] = {}  # versions, by sector
+        self.durably_bad: set[int] = set()
+
+    def lose(self, offset: int, length: int) -> None:
+        """These blocks are bad, durably, until they are written and flushed."""
+        self.bad_blocks.update(range(offset // BLOCK, (offset + length) // BLOCK))
+        self.durably_bad |= self.bad_blocks
 
     async def read(self, requests: Sequence[Request]) -> None:
         if self._power.off:
@@ -60,7 +66,8 @@ class VolatileMember(SimMember):
         if goes:
             arrived = [one for one in requests if self._chosen.random() < 0.5]
         try:
-            await super().write(arrived)
+            if arrived:
+                await super().write(arrived)
         finally:
             for offset, view in arrived:
                 for sector in range(offset // SECTOR, (offset + len(view)) // SECTOR):
@@ -77,6 +84,7 @@ class VolatileMember(SimMember):
         for sector, versions in self._cache.items():
             self._durable[sector * SECTOR : (sector + 1) * SECTOR] = versions[-1]
         self._cache.clear()
+        self.durably_bad = set(self.bad_blocks)
 
     def after_the_cut(self) -> bytes:
         """What its media have, of all that they may have."""
