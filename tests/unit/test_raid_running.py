@@ -15,7 +15,7 @@ from pmblk.raid.creation import Wishes, create
 from pmblk.raid.member import Member
 from pmblk.raid.running import RunningArray
 from pmblk.raid.sweep import Pace
-from tests.unit.raid_crashes import Crashed, CrashingMember, Fuse
+from tests.unit.crashing_member import Crashed, CrashingMember, Fuse
 
 ENOUGH = 1 << 60
 MEBIBYTE = 1 << 20

@@ -16,6 +16,7 @@ from pmblk.raid.buffers import buffer, scratch
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Member
 from pmblk.raid.mirrors import Mirrors
@@ -30,7 +31,9 @@ ZERO_CHUNKS_MAX = 1024  # and so many locks are held for it
 class Array:
     """`members` are by slot; None is missing. `announce`: see `Devices`.
 
-    `intents` know which regions are being written; None: nobody keeps a bitmap.
+    `intents` know which regions are being written; None: nobody keeps a bitmap. `journal` is the
+    offset and length of its area on every member, at the levels with parity; its `replay` comes
+    before anything is read or written.
     """
 
     def __init__(
@@ -41,12 +44,20 @@ class Array:
         data_offset: int,
         announce: Announce,
         intents: Intents | None = None,
+        journal: tuple[int, int] | None = None,
     ) -> None:
         self.geometry = geometry
         self.size = geometry.size
         self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
         self.intents = intents
-        self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
+        self.journal: Journaling | None = None
+        if journal is not None:
+            assert geometry.parities, "copies have no write hole that reads would make up"
+            offset, length_bytes = journal
+            self.journal = Journaling(self.devices, offset=offset, length_bytes=length_bytes)
+        self._level = (
+            Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
+        )
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
