@@ -349,7 +349,6 @@ async def test_beside_a_bad_sector_a_resync_still_believes_the_data() -> None:
     await world.write((0, world.array.size))
     first, second, *_ = Stripes(world.geometry)[0].data
     lie(world, first, 0, 100)
-    world.members[second].bad_blocks = {DATA_OFFSET // 4096 + 1}
     world.model[:] = await world.array.read(0, world.array.size)
     world.members[second].bad_blocks = {DATA_OFFSET // 4096 + 1}
     await sweep(world, "resync").run()
