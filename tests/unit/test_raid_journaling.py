@@ -12,8 +12,8 @@ from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.journal import decode_mark, mark_offset
 from pmblk.raid.member import Request
-from tests.unit.raid_crashes import BLOCK, CHUNK, DATA_OFFSET, JOURNAL, ROWS, World
 from tests.unit.sim_member import SimMember
+from tests.unit.write_hole_world import BLOCK, CHUNK, DATA_OFFSET, JOURNAL, ROWS, World
 
 LEVEL_5 = {"level": 5, "members": 5}
 

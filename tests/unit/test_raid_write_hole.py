@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.raid_crashes import SHAPES, World, is_cut, name
 from tests.unit.volatile_member import PowerCut
+from tests.unit.write_hole_world import SHAPES, World, is_cut, name
 
 
 async def crashed(seed: int, cut_at: int, *, steps: int = 8, **options: Any) -> World | None:
