@@ -10,9 +10,10 @@ import trio.testing
 
 from pmblk.raid.array import Array
 from pmblk.raid.geometry import Geometry
+from pmblk.raid.journal import decode_mark, mark_offset
 from pmblk.raid.member import Request
-from tests.unit.raid_crashes import BLOCK, CHUNK, DATA_OFFSET, JOURNAL, ROWS, World
 from tests.unit.sim_member import SimMember
+from tests.unit.write_hole_world import BLOCK, CHUNK, DATA_OFFSET, JOURNAL, ROWS, World
 
 LEVEL_5 = {"level": 5, "members": 5}
 
@@ -128,6 +129,18 @@ async def test_a_session_ends_only_when_all_is_in_place() -> None:
         await done.wait()
 
 
+async def test_the_old_log_is_left_alone_until_the_new_mark_is_durable() -> None:
+    world = await made()
+    journal = world.array.journal
+    assert journal is not None
+    for _ in range(3):
+        await journal.renew()
+        assert journal._mark is not None
+        start = JOURNAL[0] + mark_offset(journal._mark.session)
+        for member in world.members:
+            assert decode_mark(bytes(member.durable[start : start + BLOCK])) == journal._mark
+
+
 async def test_a_member_that_comes_back_brings_no_old_record_along() -> None:
     """Its log has records of this very session, and what they say is over."""
     world = await made()
@@ -198,7 +211,8 @@ async def test_a_write_whose_record_cannot_be_kept_is_an_error_and_never_replaye
     world.lost.add(0)
     world.members[1].refuses_writes = True  # and nobody can be without it
     refused = False
-    for offset in range(0, world.array.size, BLOCK):
+    row = 2 * world.geometry.stripe_bytes  # its parity is missing: each block is on one member
+    for offset in range(row, row + world.geometry.stripe_bytes, BLOCK):
         data = world.chosen.randbytes(BLOCK)
         (error,) = await world.array.write([(offset, memoryview(data))])
         assert error is not None or not refused, "no write comes after one that was given up"
@@ -228,7 +242,8 @@ async def test_a_write_that_is_forsaken_while_it_waits_is_never_replayed() -> No
     assert scope.cancelled_caught
     ticket = await journal.record(batch)
     journal.written(ticket)
-    await journal.renew()
+    with trio.fail_after(10):
+        await journal.renew()
     world = await again(world)
     assert await world.broken() == []
 

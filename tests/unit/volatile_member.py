@@ -45,7 +45,7 @@ class VolatileMember(SimMember):
         super().__init__(len(content), chosen, name=name)
         self.content[:] = content
         self._power = power
-        self._durable = bytearray(content)
+        self.durable = bytearray(content)
         self._cache: dict[int, list[bytes]] = {}  # versions, by sector
         self.durably_bad: set[int] = set()
 
@@ -82,13 +82,13 @@ class VolatileMember(SimMember):
             raise PowerCut
         await super().flush()
         for sector, versions in self._cache.items():
-            self._durable[sector * SECTOR : (sector + 1) * SECTOR] = versions[-1]
+            self.durable[sector * SECTOR : (sector + 1) * SECTOR] = versions[-1]
         self._cache.clear()
         self.durably_bad = set(self.bad_blocks)
 
     def after_the_cut(self) -> bytes:
         """What its media have, of all that they may have."""
-        chosen, image = self._chosen, bytearray(self._durable)
+        chosen, image = self._chosen, bytearray(self.durable)
         kept = chosen.choice(["nothing", "all", "some", "some"])
         for sector, versions in self._cache.items():
             place = slice(sector * SECTOR, (sector + 1) * SECTOR)

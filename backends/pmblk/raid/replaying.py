@@ -6,7 +6,8 @@ Of full stripes there are only checksums: a block row (the blocks at one place o
 some do not fit is made whole from the others, if those are enough, or else its parity is made anew
 from whatever data there are. If data are missing then too, nobody can say any more what they were.
 
-All of it may be done again, after a crash in it too: the log stays as it is meanwhile.
+All of it may be done again, after a crash in it too: the log stays as it is meanwhile. What was
+written is not flushed here; the log is what is durable until its session ends.
 """
 
 import errno
@@ -86,8 +87,6 @@ class Replaying:
         self.logged = bool(decision.whole or decision.ignored)
         await self._put_in_place(settled)
         await self._check_full_stripes(settled)
-        if self.logged:
-            await self._must(await self._devices.flush())
         return JournalReplay(
             replayed=len(decision.whole),
             ignored=len(decision.ignored),
