@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import structlog
 import trio
 
-from pmblk import Namespace, PmblkError
+from pmblk import BlockDevice, Namespace, PmblkError
 from pmblk.media import create, open_media
 from pmblk.representations import make
 from pmblkd.config import NamespaceConfig, representation_options
@@ -31,7 +31,7 @@ _log = structlog.get_logger(__name__)
 class Served:
     """A namespace in service. `config` says how it is served now; live changes replace it."""
 
-    def __init__(self, config: NamespaceConfig, namespace: Namespace, *, created: bool) -> None:
+    def __init__(self, config: NamespaceConfig, namespace: BlockDevice, *, created: bool) -> None:
         self.config = config
         self.namespace = namespace
         self.created = created  # its file, by us
@@ -65,7 +65,7 @@ class Served:
             self._unused = trio.Event()
 
     @contextlib.contextmanager
-    def used(self) -> Iterator[Namespace]:
+    def used(self) -> Iterator[BlockDevice]:
         self.enter()
         try:
             yield self.namespace
@@ -84,13 +84,11 @@ class Served:
                 await self.namespace.flush()
 
     def close(self) -> None:
-        """Unmap and unlock. Whoever was cut off may hold memory: that goes with the process."""
+        """Let everything go; `stop` came first."""
         if self.closed:
             return
         self.closed = True
-        if not self.namespace.representation.leases:
-            self.namespace.representation.close()
-        self.namespace.media.close()
+        self.namespace.close()
 
 
 def open_served(config: NamespaceConfig) -> Served:
@@ -142,13 +140,13 @@ class Registry:
         assert all(served.name != other.name for other in self)
         served.number = next(self._numbers)
         self._all[served.number] = served
-        media = served.namespace.media
+        level, reason = served.namespace.durability
         _log.info(
             "namespace open",
             name=served.name,
             size=served.namespace.size,
-            durability=media.durability.level,
-            because=media.durability.reason,
+            durability=level,
+            because=reason,
         )
 
     # ---- finding

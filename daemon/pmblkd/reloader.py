@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from pmblk import PmblkError, switching
+from pmblk.namespace import in_memory, memory_of
 from pmblkd import config, log, preflight, report_of, switches
 from pmblkd.config import Config, NamespaceConfig
 from pmblkd.fuse.engine import Engine
@@ -190,7 +191,7 @@ class Reloader:
             assert size is not None
             try:
                 _forget_excess(served)
-                await switching.resize(served.namespace, size)
+                await switching.resize(memory_of(served.namespace, "file to grow"), size)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}.size", reason=str(error)))
                 continue
@@ -233,13 +234,16 @@ def _forget_excess(served: Served) -> None:
     try:
         cut_excess(served)
     except OSError as error:
-        raise PmblkError(f"cannot cut {served.namespace.media.path}: {error.strerror}") from error
+        raise PmblkError(f"cannot cut {served.config.path}: {error.strerror}") from error
 
 
 def _as_served(served: Served) -> NamespaceConfig:
     """Its config with what may have changed since, taken from the namespace itself."""
-    media = served.namespace.media
-    serving = report_of.representation(served.namespace.representation)
+    namespace = in_memory(served.namespace)
+    if namespace is None:
+        return served.config
+    media = namespace.media
+    serving = report_of.representation(namespace.representation)
     return msgspec.structs.replace(
         served.config,
         size=media.file_bytes,
