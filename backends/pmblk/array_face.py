@@ -4,7 +4,7 @@ Places are paths or NBD URIs, sizes and offsets bytes.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.status import ArrayStatus
@@ -36,11 +36,21 @@ class Running(Protocol):
     async def stop(self) -> None:
         """All is durable, and its members are closed. Raises OSError, with them closed too."""
 
+    def close(self) -> None:
+        """Let the members go, as they are; after `stop` there is nothing left to do."""
+
+    # What people ask for; all of it raises PmblkError.
     async def fail(self, place: str) -> None: ...
     async def remove(self, place: str) -> None: ...
     async def add(self, place: str) -> None: ...
     async def replace(self, old: str, new: str) -> None: ...
-    async def scrub(self, *, repair: bool) -> None: ...
-    async def stop_scrub(self) -> None: ...
+    def scrub(self, *, repair: bool) -> None: ...
+    def stop_scrub(self) -> None: ...
+
+
+@runtime_checkable
+class Growable(Protocol):
+    """An array that can grow."""
+
     async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
-        """`size` None is as much as the members have room for. All of these raise PmblkError."""
+        """`size` None is as much as the members have room for. Raises PmblkError."""

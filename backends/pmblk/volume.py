@@ -267,7 +267,7 @@ class Volume(BlockDevice):
         await self.running.stop()
 
     def close(self) -> None:
-        """Nothing is left: `stop` has closed the members."""
+        self.running.close()
 
 
 def array_of(device: BlockDevice) -> Running | None:

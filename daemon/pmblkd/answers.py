@@ -70,6 +70,7 @@ class Answers:
         except RepresentationError as error:
             place = f"{question.kind}.{error.option}: " if error.option else ""
             raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
+        self._find(question.name, "representation to switch")
         served = self._registry.named(question.name)
         with served.used():
             try:

@@ -25,6 +25,8 @@ from pmblkd.config import NamespaceConfig, representation_options
 from pmblkd.errors import did_you_mean
 from pmblkd.mappers import MappedAs
 
+STOP_SECONDS = 60  # more than the patience with a member
+
 _log = structlog.get_logger(__name__)
 
 
@@ -43,6 +45,8 @@ class Served:
         self.draining = False
         self.closed = False
         self._unused = trio.Event()
+        self._working = trio.CancelScope()  # what an array does behind its I/O
+        self._worked: trio.Event | None = None  # when that has ended
 
     @property
     def name(self) -> str:
@@ -82,6 +86,26 @@ class Served:
         async with self.namespace.changing:
             if not self.closed:
                 await self.namespace.flush()
+
+    async def run(self) -> None:
+        """The work behind the I/O, until `stop`. A defect in it ends nothing else."""
+        if self._working.cancel_called:
+            return
+        self._worked = trio.Event()
+        try:
+            with self._working:
+                await self.namespace.run()
+        except Exception:
+            _log.exception("the work behind a namespace has failed", name=self.name)
+        finally:
+            self._worked.set()
+
+    async def stop(self) -> None:
+        """The work behind it ends, and then all that takes waiting. Raises OSError."""
+        self._working.cancel()
+        if self._worked is not None:
+            await self._worked.wait()
+        await self.namespace.stop()
 
     def close(self) -> None:
         """Let everything go; `stop` came first."""
@@ -172,9 +196,25 @@ class Registry:
         assert served.draining
         assert not served.users
         try:
-            await served.flush()
+            try:
+                await served.flush()
+            finally:
+                await served.stop()
         finally:
             self._close(served)
+
+    async def stop_all(self) -> None:
+        """Before `close_all` and `abandon`, with a deadline: what takes waiting, whatever fails."""
+        for served in self:
+            with trio.CancelScope(
+                shield=True, deadline=trio.current_time() + STOP_SECONDS
+            ) as limit:
+                try:
+                    await served.stop()
+                except OSError as error:
+                    _log.error("not stopped cleanly", name=served.name, reason=error.strerror)
+            if limit.cancelled_caught:
+                _log.error("not stopped in time", name=served.name)
 
     def close_all(self) -> None:
         """The daemon ends; what can be flushed has been."""

@@ -18,12 +18,13 @@ import trio
 from pmblk import PmblkError, switching
 from pmblk.namespace import in_memory, memory_of
 from pmblkd import config, log, preflight, report_of, switches
+from pmblkd.arrays import open_namespace
 from pmblkd.config import Config, NamespaceConfig
 from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.passthrough import cut_excess
 from pmblkd.nbd.server import NbdServer
-from pmblkd.registry import Registry, Served, open_served
+from pmblkd.registry import Registry, Served
 from pmblkd.reload_plan import Plan, plan
 from pmblkd.reports import Refusal, ReloadReport, SwitchReport
 from pmblkd.spin import Spinner
@@ -67,10 +68,10 @@ class Reloader:
             new = await trio.to_thread.run_sync(
                 config.load, self._file, self._overrides, abandon_on_cancel=True
             )
-            files = {served.name: served.config.file for served in self._registry}
+            places = {served.name: served.config.places for served in self._registry}
             listening = self._nbd.addresses if self._nbd is not None else []
             await trio.to_thread.run_sync(
-                lambda: preflight.check_new(self._file, new, served=files, listening=listening)
+                lambda: preflight.check_new(self._file, new, served=places, listening=listening)
             )
             steps = plan(self._served(), new, draining=leaving)
             return await self._carry_out(steps, new, nursery)
@@ -86,7 +87,7 @@ class Reloader:
         changed = self._change(steps.changed, new, refused)
         grown = await self._grow(steps.grow, refused)
         switched = await self._switch(steps.switch, refused)
-        added = await self._add(steps.add, refused)
+        added = await self._add(steps.add, nursery, refused)
         return ReloadReport(
             added=added,
             removed=removed,
@@ -215,16 +216,20 @@ class Reloader:
         return switched
 
     async def _add(
-        self, namespaces: Sequence[NamespaceConfig], refused: list[Refusal]
+        self,
+        namespaces: Sequence[NamespaceConfig],
+        nursery: trio.Nursery,
+        refused: list[Refusal],
     ) -> list[str]:
         added = []
         for one in namespaces:
             try:
-                served = await trio.to_thread.run_sync(open_served, one)
+                served = await open_namespace(one)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}", reason=str(error)))
                 continue
             self._registry.add(served)
+            nursery.start_soon(served.run)
             added.append(one.name)
         return added
 

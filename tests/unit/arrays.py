@@ -75,7 +75,7 @@ class FakeRunning:
         self.size = self.array.size
         self.asked: list[Any] = []
         self.runs = 0
-        self.stopped = False
+        self.stopped = self.closed = False
         self.refusal: PmblkError | None = None
 
     async def _announce(self, _slot: int, _error: OSError) -> None:
@@ -92,10 +92,17 @@ class FakeRunning:
         assert not self.runs, "its work ends first"
         await trio.lowlevel.checkpoint()
         self.stopped = True
+        self.close()
+
+    def close(self) -> None:
+        self.closed = True
         self.array.close()
 
     async def _note(self, *what: Any) -> None:
         await trio.lowlevel.checkpoint()
+        self._note_now(*what)
+
+    def _note_now(self, *what: Any) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.asked.append(what)
@@ -112,11 +119,11 @@ class FakeRunning:
     async def replace(self, old: str, new: str) -> None:
         await self._note("replace", old, new)
 
-    async def scrub(self, *, repair: bool) -> None:
-        await self._note("scrub", repair)
+    def scrub(self, *, repair: bool) -> None:
+        self._note_now("scrub", repair)
 
-    async def stop_scrub(self) -> None:
-        await self._note("stop_scrub")
+    def stop_scrub(self) -> None:
+        self._note_now("stop_scrub")
 
     async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
         await self._note("grow", size, tuple(add))
