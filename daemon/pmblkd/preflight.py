@@ -94,7 +94,7 @@ def _check_place(
         )
     if not place.startswith("/"):
         return
-    if config.fuse is not None and _is_served_by_us(Path(place), Path(config.fuse.mountpoint)):
+    if config.fuse is not None and is_served_by_us(Path(place), Path(config.fuse.mountpoint)):
         raise ConfigError(
             file,
             key,
@@ -103,7 +103,7 @@ def _check_place(
         )
 
 
-def _is_served_by_us(path: Path, mountpoint: Path) -> bool:
+def is_served_by_us(path: Path, mountpoint: Path) -> bool:
     """On our own mount, or on a loop device of a file there, or such a device itself."""
     try:
         status = path.stat() if path.is_block_device() else path.parent.stat()

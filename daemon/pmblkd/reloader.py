@@ -20,6 +20,7 @@ from pmblk.namespace import in_memory, memory_of
 from pmblkd import config, log, preflight, report_of, switches
 from pmblkd.arrays import open_namespace
 from pmblkd.config import Config, NamespaceConfig
+from pmblkd.errors import WorkFailed, did_you_mean
 from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.passthrough import cut_excess
@@ -134,6 +135,47 @@ class Reloader:
             _log.error("namespace closed, not flushed in time", name=served.name)
         else:
             _log.info("namespace closed", name=served.name)
+
+    # ---- arrays that are stopped, and served again
+
+    async def take_away(self, served: Served, nursery: trio.Nursery) -> None:
+        """Out of service, as if it had left the config, until a reload or `bring_back`."""
+        async with self._one_at_a_time:
+            await self._remove([served.name], nursery)
+
+    async def bring_back(
+        self, name: str, nursery: trio.Nursery, *, degraded: bool, force: bool
+    ) -> Served:
+        """An array of the config that is not served. Raises PmblkError."""
+        async with self._one_at_a_time:
+            new = await trio.to_thread.run_sync(
+                config.load, self._file, self._overrides, abandon_on_cancel=True
+            )
+            one = self._stopped(name, new)
+            alone = msgspec.structs.replace(new, namespace=[one], nbd=None)
+            places = {served.name: served.config.places for served in self._registry}
+            await trio.to_thread.run_sync(
+                lambda: preflight.check_new(self._file, alone, served=places, listening=())
+            )
+            try:
+                served = await open_namespace(one, degraded=degraded, force=force)
+            except PmblkError as error:
+                raise WorkFailed(error.message, hint=error.hint) from error
+            self._registry.add(served)
+            nursery.start_soon(served.run)
+            return served
+
+    def _stopped(self, name: str, new: Config) -> NamespaceConfig:
+        """What the config says of it. Raises PmblkError for one that is served, or no array."""
+        arrays = {one.name: one for one in new.namespace if one.raid is not None}
+        if name not in arrays:
+            hint = did_you_mean(name, list(arrays)) or "add a [namespace.raid] table, and reload"
+            raise PmblkError(f"the config has no array {name}", hint=hint)
+        for served in self._registry:
+            if served.name == name:
+                how = "still draining" if served.draining else "served already"
+                raise PmblkError(f"{name} is {how}", hint="see pmblk list")
+        return arrays[name]
 
     # ---- settings
 

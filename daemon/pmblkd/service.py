@@ -19,7 +19,17 @@ import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import io_flusher, leftovers, media_watch, mounts, preflight, report_of, systemd
+from pmblk.volume import running_of
+from pmblkd import (
+    io_flusher,
+    leftovers,
+    media_watch,
+    mounts,
+    preflight,
+    raid_answers,
+    report_of,
+    systemd,
+)
 from pmblkd.answers import Answers
 from pmblkd.arrays import open_namespace
 from pmblkd.config import RUNTIME_DIRECTORY, Config
@@ -27,10 +37,12 @@ from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
 from pmblkd.fuse import engine
 from pmblkd.fuse.engine import Engine
-from pmblkd.fuse.files import Files
+from pmblkd.fuse.files import Files, inode_of
 from pmblkd.nbd.server import NbdServer
-from pmblkd.questions import Question
-from pmblkd.registry import Registry
+from pmblkd.questions import AssembleQuestion, NamespaceQuestion, Question
+from pmblkd.raid_answers import RaidAnswers
+from pmblkd.raid_reports import RaidReport, StoppedReport
+from pmblkd.registry import Registry, Served
 from pmblkd.reloader import FLUSH_SECONDS, Reloader
 from pmblkd.reports import NamespaceReport, ReloadReport
 from pmblkd.rights import rights_of
@@ -133,7 +145,12 @@ class Service:
         handlers = {
             "list": Handler(Question, self._list),
             "reload": Handler(Question, self._reload_asked),
+            "raid-stop": Handler(NamespaceQuestion, self._stop_array),
+            "raid-assemble": Handler(AssembleQuestion, self._assemble_array),
             **Answers(self._registry, mountpoint=mountpoint).handlers(),
+            **RaidAnswers(
+                self._registry, resized=self._forget_size, mountpoint=mountpoint
+            ).handlers(),
         }
         control = ControlServer(Path(self._config.control.socket), handlers)
         control.bind()
@@ -288,6 +305,33 @@ class Service:
     async def _list(self, _question: Question) -> list[NamespaceReport]:
         """Those that drain too."""
         return [report_of.namespace(served, self.config, self._fuse) for served in self._registry]
+
+    # ---- arrays
+
+    async def _stop_array(self, question: NamespaceQuestion) -> StoppedReport:
+        assert self._reloader is not None
+        assert self._nursery is not None
+        served = self._registry.named(question.name)
+        running_of(served.namespace)  # others leave with the config
+        if served.draining:
+            raise PmblkError(f"{served.name} is draining already", hint="see pmblk list")
+        await self._reloader.take_away(served, self._nursery)
+        _log.info("array stopped", name=served.name, users=served.users)
+        return StoppedReport(name=served.name, users=served.users)
+
+    async def _assemble_array(self, question: AssembleQuestion) -> RaidReport:
+        assert self._reloader is not None
+        assert self._nursery is not None
+        if self._stopping:
+            raise WorkFailed("the daemon stops")
+        served = await self._reloader.bring_back(
+            question.name, self._nursery, degraded=question.degraded, force=question.force
+        )
+        return raid_answers.report_of(served)
+
+    def _forget_size(self, served: Served) -> None:
+        if self._fuse is not None:
+            self._fuse.forget_size(inode_of(served))
 
 
 def _log_report(report: ReloadReport) -> None:

@@ -125,9 +125,6 @@ class FakeRunning:
     def stop_scrub(self) -> None:
         self._note_now("stop_scrub")
 
-    async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
-        await self._note("grow", size, tuple(add))
-
     def status(self) -> ArrayStatus:
         lost = {slot for slot, member in enumerate(self.members) if member.gone}
         state = "clean" if not lost else "degraded" if survives(self.geometry, lost) else "failed"
