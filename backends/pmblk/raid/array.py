@@ -16,6 +16,7 @@ from pmblk.raid.buffers import buffer
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
+from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Member
 from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
@@ -43,6 +44,7 @@ class Array:
         self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
         self.intents = intents
         self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
+        self.operations = 0  # of clients: who works in the background stands back for them
 
     async def read(self, offset: int, length: int) -> memoryview:
         """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost."""
@@ -51,6 +53,7 @@ class Array:
             return memoryview(b"")
         first, last = offset & -BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
         target = buffer(last - first)
+        self.operations += 1
         await self._level.read(first, target)
         return target[offset - first : offset - first + length]
 
@@ -60,10 +63,16 @@ class Array:
         What is written together is planned together: neighbours become full stripes.
         """
         assert all(0 <= offset <= offset + len(view) <= self.size for offset, view in writes)
+        self.operations += 1
         with trio.CancelScope(shield=True):
             async with self._intended([(offset, len(view)) for offset, view in writes]):
                 errors = await self._level.write(writes)
         return errors
+
+    @property
+    def locks(self) -> RowLocks:
+        """Of rows where there is parity, else of chunks of the array: a sweep takes them too."""
+        return self._level.locks
 
     def _intended(
         self, ranges: Iterable[tuple[int, int]]

@@ -34,7 +34,7 @@ class Mirrors:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
         self._geometry = devices.geometry
-        self._locks = RowLocks()
+        self.locks = self._locks = RowLocks()  # sweeps take them too
 
     # ---- reading
 

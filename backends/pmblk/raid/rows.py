@@ -42,7 +42,7 @@ class Rows:
         self._devices = devices
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
-        self._locks = RowLocks()
+        self.locks = self._locks = RowLocks()  # sweeps take them too
 
     # ---- reading
 
