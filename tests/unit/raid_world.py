@@ -3,14 +3,17 @@
 import random
 from typing import Any
 
+import numpy as np
 import trio
 
+from pmblk.raid import galois
 from pmblk.raid.areas import checksums_bytes
 from pmblk.raid.array import Array
 from pmblk.raid.checksummed import Checksummed
 from pmblk.raid.geometry import Geometry, layouts_of
-from pmblk.raid.layout import survives
+from pmblk.raid.layout import NONE, Stripes, copies, survives
 from pmblk.raid.member import Member
+from pmblk.raid.parity import combine_by_numpy
 from pmblk.raid.superblock import DATA_OFFSET
 from tests.unit.sim_member import SimMember
 
@@ -63,7 +66,7 @@ class World:
 
     @property
     def lost(self) -> set[int]:
-        return {slot for slot, member in enumerate(self.members) if member.gone}
+        return {slot for slot, one in enumerate(self.members) if one.gone or one.hangs}
 
     def extent(self) -> tuple[int, int]:
         """Any range; often whole blocks, sometimes whole stripes."""
@@ -82,8 +85,58 @@ class World:
                 self.model[offset : offset + len(view)] = view
         return errors
 
-    async def check(self) -> None:
-        assert bytes(await self.array.read(0, self.array.size)) == bytes(self.model)
+    async def zero(self, offset: int, length: int) -> None:
+        await self.array.zero(offset, length)
+        self.model[offset : offset + length] = bytes(length)
+
+    async def check(self, offset: int = 0, length: int | None = None) -> None:
+        """It reads as it should, also when hung reads go on after that."""
+        length = self.array.size if length is None else length
+        found = await self.array.read(offset, length)
+        for member in self.members:
+            member.scribble()
+        assert bytes(found) == bytes(self.model[offset : offset + length])
+
+    def assert_whole(self) -> None:
+        """Every member that is there holds what it should: data, copies, and parity.
+
+        Computed from the model, and not through the array.
+        """
+        expected = self._expected()
+        for slot, member in enumerate(self.members):
+            if self.array.devices.members[slot] is None:
+                continue
+            for chunk in range(self.geometry.member_chunks):
+                start = DATA_OFFSET + chunk * CHUNK
+                found = member.content[start : start + CHUNK]
+                wanted = expected.get((slot, chunk), found)
+                assert found == wanted, f"chunk {chunk} of slot {slot} is wrong"
+
+    def _expected(self) -> dict[tuple[int, int], bytes]:
+        geometry = self.geometry
+        chunks = [
+            bytes(self.model[start : start + CHUNK]) for start in range(0, len(self.model), CHUNK)
+        ]
+        if not geometry.parities:
+            return {
+                (place.slot, place.chunk): data
+                for number, data in enumerate(chunks)
+                for place in copies(geometry, number)
+            }
+        expected: dict[tuple[int, int], bytes] = {}
+        stripes = Stripes(geometry)
+        for row in range(geometry.member_chunks):
+            stripe = stripes[row]
+            data = chunks[row * len(stripe.data) : (row + 1) * len(stripe.data)]
+            expected.update({(slot, row): one for slot, one in zip(stripe.data, data, strict=True)})
+            factors = [[1] * len(data), [galois.power(one) for one in stripe.powers]]
+            for slot, coefficients in zip((stripe.p, stripe.q), factors, strict=True):
+                if slot != NONE:
+                    output = np.empty(CHUNK, dtype=np.uint8)
+                    sources = [np.frombuffer(one, dtype=np.uint8) for one in data]
+                    combine_by_numpy([coefficients], sources, [output])
+                    expected[slot, row] = output.tobytes()
+        return expected
 
     def amplification(self) -> tuple[int, int]:
         """Bytes that the members read and wrote since the last call."""
@@ -96,7 +149,7 @@ class World:
 def lose_a_member(world: World) -> None:
     slot = world.chosen.randrange(world.geometry.members)
     if survives(world.geometry, world.lost | {slot}) and not spoiled(world):
-        world.members[slot].gone = True
+        setattr(world.members[slot], world.chosen.choice(["gone", "hangs"]), True)
 
 
 def spoil_a_block(world: World) -> None:

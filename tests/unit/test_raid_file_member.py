@@ -172,7 +172,7 @@ class Stuck:
         self._read = os.preadv
         monkeypatch.setattr(os, "preadv", self._stuck_read)
         self.member = FileMember(str(path), os.open(path, os.O_RDWR), timeout_seconds=0.05)
-        self.member._inline = False
+        self.member.inline = False
 
     def _stuck_read(self, fd: int, views: list[memoryview], offset: int) -> int:
         self.fds.append(fd)

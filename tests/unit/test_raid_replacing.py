@@ -66,10 +66,7 @@ async def test_the_new_one_holds_all_whatever_clients_wrote_meanwhile(
         assert work.position == work.end
         assert slot not in world.array.devices.rebuilt
         hand_over(world, slot, both)
-        await world.check()
-        checked = Sweep("check", world.array, pace=Pace())
-        await checked.run()
-        assert checked.status().findings == ()
+        world.assert_whole()
 
 
 async def test_what_the_old_one_cannot_read_comes_from_the_others() -> None:

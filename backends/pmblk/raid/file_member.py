@@ -47,7 +47,7 @@ class FileMember(Member):
         self.block_bytes = _block_bytes(fd)
         self.size = os.lseek(fd, 0, os.SEEK_END) // self.block_bytes * self.block_bytes
         self._file = _SharedFile(fd)
-        self._inline = syscalls.file_system(fd) in IN_MEMORY and _is_regular(fd)
+        self.inline = syscalls.file_system(fd) in IN_MEMORY and _is_regular(fd)
         self._threads = _Threads(place, timeout_seconds)
 
     async def read(self, requests: Sequence[Request]) -> None:
@@ -59,7 +59,7 @@ class FileMember(Member):
         )
 
     async def _move(self, requests: Sequence[Request], move: Move, done: str) -> None:
-        if self._inline:
+        if self.inline:
             for number, run in enumerate(runs(requests, bytes_max=SLICE_BYTES)):
                 if number:
                     await trio.lowlevel.checkpoint()
@@ -83,14 +83,14 @@ class FileMember(Member):
 
     async def flush(self) -> None:
         """A block device empties its cache by this, as a disk under a file does."""
-        if self._inline:
+        if self.inline:
             with self._file as fd:
                 os.fdatasync(fd)
             return
         await self._threads.run(self._file, os.fdatasync)
 
     async def zero(self, offset: int, length: int) -> None:
-        if not self._inline:
+        if not self.inline:
             await self._threads.run(self._file, lambda fd: syscalls.punch_hole(fd, offset, length))
             return
         for position in range(offset, offset + length, PUNCH_BYTES):

@@ -108,7 +108,13 @@ class Replacing(Member):
         for error in errors:
             raise error
 
+    def give_up(self, error: OSError) -> None:
+        """The new one is not to be used any more."""
+        self.new_error = self.new_error or error
+
     async def _on_new(self, what: Callable[[], Awaitable[None]]) -> None:
+        if self.new_error is not None:
+            return
         try:
             await what()
         except OSError as error:

@@ -3,20 +3,21 @@
 A read goes straight to where the data lie. What cannot be read is made from the rest of its row,
 under the row's lock, and written back to a member that is there: that heals a bad sector. A batch
 of writes takes the locks of all its rows, reads what `pmblk.raid.plan` asks for in one round,
-computes, and writes data and parity in another. A member that does not take a write is failed,
-durably, before the write counts.
+computes, and writes data and parity in another, which the journal has recorded by then. A member
+that does not take a write is failed, durably, before the write counts.
 """
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, buffer, numbers
-from pmblk.raid.devices import Devices
+from pmblk.raid.buffers import aligned, buffer, numbers, scratch
+from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
-from pmblk.raid.member import Request
+from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
@@ -36,10 +37,11 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Rows:
-    """One for an array with parity."""
+    """One for an array with parity. `journal`: closes its write hole; None: it stays open."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, *, journal: Journaling | None = None) -> None:
         self._devices = devices
+        self._journal = journal
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
@@ -92,7 +94,7 @@ class Rows:
         found = await self._recover(row, piece.start, piece.end, slot)
         view[:] = found
         if slot not in self._devices.unreadable(row):  # it is there, and may have a bad sector
-            await self._devices.fail(await self._devices.write({slot: [Request(place, found)]}))
+            await self._devices.heal({slot: [Request(place, found)]})
 
     async def _recover(self, row: int, start: int, end: int, wanted: int) -> memoryview:
         """Bytes `start` to `end` of the chunk in the slot `wanted`. Raises OSError (EIO)."""
@@ -104,14 +106,14 @@ class Rows:
                 made = recipe(self._stripes[row], lost=lost, wanted=[wanted])
             except TooManyLost as error:
                 raise OSError(errno.EIO, f"row {row}: {error}") from error
-            sources = {slot: buffer(end - start) for slot in made.sources}
+            sources = {slot: scratch(end - start) for slot in made.sources}
             failures = await self._devices.read(
                 {slot: [Request(place, view)] for slot, view in sources.items()}
             )
             if not failures:
                 break
             blind |= set(failures)
-        output = buffer(end - start)
+        output = scratch(end - start)
         combine(
             [made.rows[wanted]], [numbers(view) for view in sources.values()], [numbers(output)]
         )
@@ -142,10 +144,24 @@ class Rows:
         for row, parts in layer.items():
             try:
                 ready[row] = [await self._filled_up(row, part) for part in parts]
+            except Hung:
+                raise
             except OSError as error:
                 errors[row] = error
-        errors.update(await self._update(ready))
+        for some in self._batches(ready):
+            errors.update(await self._update(some))
         return errors
+
+    def _batches(
+        self, parts: Mapping[int, Sequence[Part]]
+    ) -> Iterable[Mapping[int, Sequence[Part]]]:
+        """Rows that the journal can record together."""
+        count = len(parts) or 1
+        if self._journal is not None:
+            count = self._journal.payload_bytes_max // self._geometry.chunk_bytes
+        rows = list(parts)
+        for first in range(0, len(rows), count):
+            yield {row: parts[row] for row in rows[first : first + count]}
 
     async def _filled_up(self, row: int, part: Part) -> Part:
         """The part in whole blocks: what it lacks of them is read."""
@@ -153,7 +169,7 @@ class Rows:
         start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
         if (start, end) == (piece.start, piece.end):
             return Part(piece, aligned(part.view), part.write)
-        view = buffer(end - start)
+        view = scratch(end - start)
         whole = Piece(piece.index, start, end)
         await self._read_locked(row, whole, view)
         view[piece.start - start : piece.end - start] = part.view
@@ -191,11 +207,64 @@ class Rows:
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
                 self._add_stores(batch, row, segment, parts[row], olds.get((row, number), []))
-        failures = await self._devices.write(batch)
-        for slot in await self._devices.fail(failures):
-            for row in planned:
-                errors[row] = failures[slot]
+        for failure in (await self._carry_out(batch, planned)).values():
+            errors.update(dict.fromkeys(planned, failure))
         return errors
+
+    async def _carry_out(self, batch: Batch, planned: Mapping[int, Sequence[Segment]]) -> Failures:
+        """The round of writes; what failed of slots that stay in."""
+        if self._journal is None or not batch:
+            return await self._write_all(batch)
+        full = {
+            self._devices.place(row, segment.start)
+            for row, segments in planned.items()
+            for segment in segments
+            if segment.way == "full"
+        }
+        try:
+            ticket = await self._journal.record(batch, full)
+        except OSError as error:
+            return dict.fromkeys(batch, error)
+        try:
+            return await self._write_all(batch)
+        finally:
+            self._journal.written(ticket)
+
+    async def _write_all(self, batch: Batch) -> Failures:
+        failures = await self._devices.write(batch)
+        return {slot: failures[slot] for slot in await self._devices.fail(failures)}
+
+    # ---- zeroes
+
+    async def zero(self, first: int, end: int) -> None:
+        """Rows `first` to `end`, on all members that are in: the parity of zeroes is zero.
+
+        In the journal they are full stripes. Raises OSError.
+        """
+        async with self._locks.hold(range(first, end)):
+            missing = self._devices.missing
+            if len(missing) > self._geometry.parities:
+                raise OSError(errno.EIO, f"{len(missing)} members are missing")
+            place, length = self._devices.place(first), (end - first) * self._geometry.chunk_bytes
+            present = set(range(self._geometry.members)) - missing
+            if self._journal is None:
+                await self._zero_all(present, place, length)
+                return
+            zeroes = buffer(length)
+            ticket = await self._journal.record(
+                {slot: [Request(place, zeroes)] for slot in present}, {place}
+            )
+            try:
+                await self._zero_all(present, place, length)
+            finally:
+                self._journal.written(ticket)
+
+    async def _zero_all(self, slots: Collection[int], place: int, length: int) -> None:
+        failures = await self._devices.zero({slot: [(place, length)] for slot in slots})
+        for slot in await self._devices.fail(failures):
+            raise failures[slot]
+
+    # ---- parts of a write
 
     def _old_chunks(
         self, planned: Mapping[int, Sequence[Segment]]
@@ -205,7 +274,7 @@ class Rows:
         batch: Batch = {}
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
-                olds[row, number] = views = [buffer(segment.length) for _ in segment.reads]
+                olds[row, number] = views = [scratch(segment.length) for _ in segment.reads]
                 place = self._devices.place(row, segment.start)
                 for slot, view in zip(segment.reads, views, strict=True):
                     batch.setdefault(slot, []).append(Request(place, view))
@@ -227,7 +296,7 @@ class Rows:
             if stripe.data[index] in segment.stores:
                 batch.setdefault(stripe.data[index], []).append(Request(place, view))
         if segment.parity:
-            outputs = [buffer(segment.length) for _ in segment.parity]
+            outputs = [scratch(segment.length) for _ in segment.parity]
             combine(
                 list(segment.parity.values()),
                 [numbers(view) for view in (*olds, *new)],
@@ -268,7 +337,7 @@ def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview
     ]
     if len(found) == 1:
         return found[0]
-    whole, position = buffer(segment.length), 0
+    whole, position = scratch(segment.length), 0
     for view in found:
         whole[position : position + len(view)] = view
         position += len(view)

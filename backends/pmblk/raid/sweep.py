@@ -73,6 +73,7 @@ class Sweep:
     ) -> None:
         assert (slot is not None) == (kind in ("rebuild", "replace"))
         self.kind: SweepKind = kind
+        self.slot = slot
         self.pace = pace
         self.findings = Findings()
         self._array = array
