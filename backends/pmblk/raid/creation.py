@@ -185,6 +185,8 @@ async def _write(
             nursery.start_soon(blank, member, superblock)
     if Flag.DIRTY in superblock.flags and await _zeroed(superblock, members):
         superblock = replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
+    if Flag.DIRTY not in superblock.flags:
+        superblock = replace(superblock, resync_position=superblock.geometry.size)
     if Flag.DIRTY in superblock.flags and superblock.bitmap_chunk_bytes:
         for member in members:
             await member.write((Request(BITMAP_OFFSET, aligned(AREA_ALL_SET)),))

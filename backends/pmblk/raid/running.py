@@ -140,7 +140,7 @@ class RunningArray:
             for slot in missing:
                 faulty = replace(superblock.entries[slot], state=State.FAULTY)
                 superblock = with_entry(superblock, slot, faulty)
-            if not dirty:
+            if not dirty and Flag.JOURNAL not in superblock.flags:
                 superblock = replace(superblock, resync_position=0)
             return replace(superblock, flags=superblock.flags | Flag.DIRTY)
 
@@ -162,10 +162,13 @@ class RunningArray:
         return found
 
     def _doubtful(self) -> tuple[tuple[int, int], ...]:
-        """Where copies or parity may not fit after an unclean stop: offsets and lengths."""
-        if not self.geometry.redundancy or self.array.journal is not None:
+        """Where copies or parity may not fit after an unclean stop: offsets and lengths.
+
+        A journal leaves nothing in doubt but what was never made right since the array was made.
+        """
+        if not self.geometry.redundancy:
             return ()
-        if self._intents is not None:
+        if self._intents is not None and self.array.journal is None:
             return tuple(self._intents.dirty_ranges())
         done = self.superblock.resync_position
         return ((done, self.size - done),) if done < self.size else ()

@@ -184,12 +184,10 @@ class Upkeep:
         if self._array.intents is not None:
             for offset, length in done:
                 await self._array.intents.cleaned(offset, length)
-        elif self.resync:
-            await self._keeper.update(lambda one: replace(one, resync_position=position))
+        await self._keeper.update(lambda one: replace(one, resync_position=position))
 
     async def _resynced(self) -> None:
         await self._resynced_to(self._array.size)
-        await self._keeper.update(lambda one: replace(one, resync_position=self._array.size))
 
     # ---- rebuild
 
