@@ -154,7 +154,7 @@ async def arrays_over(
     path = directory / "member"
     path.write_bytes(bytes(4 << 20))
     members = [
-        await open_member(server.uri, timeout_seconds=0.2),
+        await open_member(server.uri, timeout_seconds=0.5),
         await open_member(str(path)),
     ]
     announced: list[int] = []
@@ -175,7 +175,7 @@ async def test_a_server_that_stands_still_is_no_more_than_a_lost_member(director
             content = random.Random(1).randbytes(1 << 20)
             assert await array.write([(4096, memoryview(content))]) == [None]
             await array.flush()
-            server.process.send_signal(signal.SIGSTOP)
+            server.stand_still()
             assert bytes(await array.read(4096, 1 << 20)) == content
             assert announced == [0]
             assert await array.write([(0, memoryview(content))]) == [None]

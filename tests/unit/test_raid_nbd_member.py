@@ -39,6 +39,11 @@ class Server:
         with open(started, "rb") as pipe:
             assert pipe.readline(), "nbdkit did not start"
 
+    def stand_still(self) -> None:
+        """All of its threads, when this returns; SIGCONT lets them go on."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def stop(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
@@ -98,7 +103,7 @@ async def test_nothing_is_copied_on_the_way(serve: Serve) -> None:
     server = serve("memory", str(SIZE))
     member = await opened(server)
     view = filled(SIZE)
-    server.process.send_signal(signal.SIGSTOP)  # the kernel's buffers are full before the end
+    server.stand_still()  # the kernel's buffers are full before the end
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(member.write, [Request(0, view)])
@@ -209,7 +214,7 @@ async def test_nobody_there_is_said_so(directory: Path) -> None:
 
 async def test_a_server_that_does_not_greet_is_given_up(serve: Serve) -> None:
     server = serve("memory", str(SIZE))
-    server.process.send_signal(signal.SIGSTOP)
+    server.stand_still()
     with pytest.raises(PmblkError, match=r"does not answer in 0\.2 s"):
         await opened(server, seconds=0.2)
 
@@ -259,9 +264,9 @@ async def test_a_server_that_stands_still_has_hung_and_is_used_again_when_it_goe
     serve: Serve,
 ) -> None:
     server = serve("memory", str(SIZE))
-    member = await opened(server, seconds=0.2)
+    member = await opened(server, seconds=0.5)
     await member.write([Request(0, content := filled(65536))])
-    server.process.send_signal(signal.SIGSTOP)
+    server.stand_still()
     late = buffer(65536)
     with pytest.raises(Hung):
         await member.read([Request(0, late)])
