@@ -60,6 +60,7 @@ class BadBlocks(Member):
         self.size = inner.size
         self.block_bytes = inner.block_bytes
         self.inner = inner
+        self.inline = inner.inline
         self._data_offset = data_offset
         self._blocks = set(blocks)
         self._written: set[int] = set()  # again, and still on the log

@@ -60,6 +60,13 @@ async def checksummed(
     )
 
 
+def checksummed_of(member: Member | None) -> "Checksummed | None":
+    """The checksums of a member, whatever is wrapped around them."""
+    while member is not None and not isinstance(member, Checksummed):
+        member = getattr(member, "inner", None)
+    return member
+
+
 class Checksummed(Member):
     """`mismatches` counts blocks that were read and did not fit."""
 
@@ -80,6 +87,7 @@ class Checksummed(Member):
         self.size = inner.size
         self.block_bytes = BLOCK_BYTES
         self.inner = inner
+        self.inline = inner.inline
         self.mismatches = 0
         self._start, self._end = data_offset, data_offset + member_bytes
         self._sums_offset = checksums_offset

@@ -88,6 +88,20 @@ def chunk_at(geometry: Geometry, place: Place) -> int | None:
     return chunk if chunk < geometry.chunks else None
 
 
+def rows_of(geometry: Geometry, chunk: int, count: int) -> list[tuple[int, int]]:
+    """Where chunks of the array lie on members: first chunk and number, copy by copy.
+
+    Not all of what is named has to be theirs.
+    """
+    assert 0 < count <= geometry.chunks - chunk
+    if geometry.parities:
+        first, last = chunk // geometry.data_members, (chunk + count - 1) // geometry.data_members
+        return [(first, last - first + 1)]
+    # Copy by copy, the chunks of the array lie in rows that only go up.
+    ends = zip(copies(geometry, chunk), copies(geometry, chunk + count - 1), strict=True)
+    return [(start.chunk, end.chunk - start.chunk + 1) for start, end in ends]
+
+
 def survives(geometry: Geometry, missing: Collection[int]) -> bool:
     """Whether every block of the array can still be had without the members in these slots."""
     if len(missing) <= geometry.redundancy:

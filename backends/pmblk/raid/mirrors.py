@@ -84,7 +84,12 @@ class Mirrors:
                 break
             bad.append(place)
         else:
-            raise OSError(errno.EIO, f"no copy of chunk {part.chunk} can be read")
+            if len(part.view) <= BLOCK_BYTES:
+                raise OSError(errno.EIO, f"no copy of chunk {part.chunk} can be read")
+            for at in range(0, len(part.view), BLOCK_BYTES):  # perhaps not in the same blocks
+                view = part.view[at : at + BLOCK_BYTES]
+                await self._read_some_copy(Part(part.chunk, part.start + at, view, part.write))
+            return
         heals = {
             place.slot: [Request(self._devices.place(place.chunk, part.start), part.view)]
             for place in bad

@@ -33,6 +33,7 @@ class Replacing(Member):
         self.place = old.place
         self.size = min(old.size, new.size)
         self.block_bytes = max(old.block_bytes, new.block_bytes)
+        self.inline = old.inline and new.inline
         self.old = old
         self.new = new
         self.new_error: OSError | None = None

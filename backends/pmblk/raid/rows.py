@@ -21,6 +21,7 @@ from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
+from pmblk.ranges import slices
 
 BLOCK_BYTES = 4096
 """What is read to fill up a write that is no whole block."""
@@ -91,10 +92,29 @@ class Rows:
         readable = slot not in self._devices.unreadable(row)
         if readable and not await self._devices.read({slot: [Request(place, view)]}):
             return
-        found = await self._recover(row, piece.start, piece.end, slot)
+        if readable and piece.end - piece.start > BLOCK_BYTES:  # a bad sector: the rest is good
+            await self._read_blocks(row, piece, view)
+            return
+        try:
+            found = await self._recover(row, piece.start, piece.end, slot)
+        except Hung:
+            raise
+        except OSError:
+            if piece.end - piece.start <= BLOCK_BYTES:
+                raise
+            await self._read_blocks(row, piece, view)  # bad sectors in other blocks each
+            return
         view[:] = found
         if slot not in self._devices.unreadable(row):  # it is there, and may have a bad sector
             await self._devices.heal({slot: [Request(place, found)]})
+
+    async def _read_blocks(self, row: int, piece: Piece, view: memoryview) -> None:
+        for start, length in slices(
+            piece.start, piece.end - piece.start, slice_bytes=BLOCK_BYTES
+        ):
+            position = start - piece.start
+            block = Piece(piece.index, start, start + length)
+            await self._read_locked(row, block, view[position : position + length])
 
     async def _recover(self, row: int, start: int, end: int, wanted: int) -> memoryview:
         """Bytes `start` to `end` of the chunk in the slot `wanted`. Raises OSError (EIO)."""

@@ -19,11 +19,12 @@ from pmblk.raid.areas import checksums_bytes
 from pmblk.raid.array import Array
 from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
+from pmblk.raid.checksummed import checksummed_of
 from pmblk.raid.creation import blank, blank_journal
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
 from pmblk.raid.labels import Label, read_label
-from pmblk.raid.layout import survives
+from pmblk.raid.layout import rows_of, survives
 from pmblk.raid.member import Member, Request
 from pmblk.raid.replacing import Replacing
 from pmblk.raid.replaying import JournalReplay
@@ -114,12 +115,32 @@ class RunningArray:
         if self._intents is not None:
             self._intents.load(await self._bitmaps())
         self._upkeep.keep_marks_while_degraded()
+        if dirty:
+            self._distrust()
         if self.array.journal is not None:
             await self._take_up(await self.array.journal.replay())
         if dirty:
             self._upkeep.resync = self._doubtful()
         if self._intents is not None and not self._upkeep.resync:
             await self._intents.cleaned(0, self.size)
+
+    def _distrust(self) -> None:
+        """A crash may have come between data and their checksums, where anything was written."""
+        marked = [(0, self.size)] if self._intents is None else self._intents.dirty_ranges()
+        chunk_bytes = self.geometry.chunk_bytes
+        ranges = [
+            (self._devices.place(first), count * chunk_bytes)
+            for offset, length in marked
+            for first, count in rows_of(
+                self.geometry,
+                offset // chunk_bytes,
+                -(-(offset + length) // chunk_bytes) - offset // chunk_bytes,
+            )
+        ]
+        for member in self._devices.members:
+            known = checksummed_of(member)
+            if known is not None:
+                known.distrust(ranges)
 
     async def _take_up(self, replayed: JournalReplay) -> None:
         """What the journal could not mend is an error from now on, and never made up."""
