@@ -1,7 +1,8 @@
 """Members in memory that fail on purpose, for the tests of arrays.
 
 The fault model: a member may refuse reads of some blocks until they are written (bad sectors),
-refuse all writes, or be gone altogether; a batch that fails may have been done in part. Every
+refuse all writes, be gone altogether, or hang: then the memory of its reads is its for ever, and
+`scribble` shows who used it all the same. A batch that fails may have been done in part. Every
 batch yields to the event loop once, so that histories interleave.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import trio
 
 from pmblk.raid.buffers import numbers
-from pmblk.raid.member import MEMORY_ALIGNMENT, Member, Request
+from pmblk.raid.member import MEMORY_ALIGNMENT, Hung, Member, Request
 
 BLOCK = 4096
 
@@ -26,12 +27,19 @@ class SimMember(Member):
         self.bad_blocks: set[int] = set()
         self.gone = False
         self.refuses_writes = False
+        self.hangs = False
+        self.late: list[memoryview] = []
+        self.cannot_zero = False
+        self.zeroed: list[tuple[int, int]] = []
         self.closed = False
         self.reads = self.writes = self.flushes = 0
         self._chosen = chosen
 
     async def read(self, requests: Sequence[Request]) -> None:
         await self._start(requests)
+        if self.hangs:
+            self.late += [view for _, view in requests]
+            raise Hung(self.place, 30)
         for offset, view in requests:
             if self.bad_blocks & _blocks(offset, len(view)):
                 raise OSError(errno.EIO, "bad sector")
@@ -41,17 +49,21 @@ class SimMember(Member):
     async def write(self, requests: Sequence[Request]) -> None:
         await self._start(requests)
         done = len(requests)
-        if self.refuses_writes:
+        if self.refuses_writes or self.hangs:
             done = self._chosen.randint(0, len(requests) - 1)
         for offset, view in requests[:done]:
             self.writes += len(view)
             self.bad_blocks -= _blocks(offset, len(view))
             self.content[offset : offset + len(view)] = view
+        if self.hangs:
+            raise Hung(self.place, 30)
         if done < len(requests):
             raise OSError(errno.EIO, "refused")
 
     async def flush(self) -> None:
         await self._start(())
+        if self.hangs:
+            raise Hung(self.place, 30)
         if self.refuses_writes:
             raise OSError(errno.EIO, "refused")
         self.flushes += 1
@@ -59,13 +71,23 @@ class SimMember(Member):
     async def zero(self, offset: int, length: int) -> None:
         await self._start(())
         assert offset % BLOCK == length % BLOCK == 0, "whole blocks only"
+        if self.cannot_zero:
+            raise OSError(errno.EOPNOTSUPP, "no way but writing")
+        if self.hangs:
+            raise Hung(self.place, 30)
         if self.refuses_writes:
             raise OSError(errno.EIO, "refused")
+        self.zeroed.append((offset, length))
         self.bad_blocks -= _blocks(offset, length)
         self.content[offset : offset + length] = bytes(length)
 
     def close(self) -> None:
         self.closed = True
+
+    def scribble(self) -> None:
+        """A hung read goes on."""
+        for view in self.late:
+            view[:] = b"\xee" * len(view)
 
     async def _start(self, requests: Sequence[Request]) -> None:
         assert not self.closed, "nobody uses a member that has left"

@@ -1,6 +1,5 @@
 """Arrays against a model, for every level: random writes, reads, failures and bad sectors."""
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,80 +7,29 @@ import pytest
 import trio
 import trio.testing
 
-from pmblk.raid.array import Array
-from pmblk.raid.geometry import Geometry, layouts_of
-from pmblk.raid.layout import survives
-from tests.unit.sim_member import SimMember
-
-CHUNK = 8192
-DATA_OFFSET = 1 << 16
-SHAPES: list[dict[str, Any]] = [
-    {"level": 0, "members": 3},
-    {"level": 1, "members": 3},
-    {"level": 4, "members": 4},
-    *({"level": 5, "members": 4, "layout": layout} for layout in layouts_of(5)),
-    *({"level": 6, "members": 6, "layout": layout} for layout in layouts_of(6)),
-    *({"level": 10, "members": 4, "layout": layout} for layout in layouts_of(10)),
-    {"level": 10, "members": 5, "layout": "near", "copies": 3},
-    {"level": 10, "members": 3, "layout": "offset"},
-]
+from pmblk.raid import buffers
+from pmblk.raid.superblock import DATA_OFFSET
+from tests.unit.raid_world import (
+    CHUNK,
+    SHAPES,
+    World,
+    lose_a_member,
+    name,
+    spoil_a_block,
+)
 
 
-def name(shape: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in shape.values())
+@pytest.fixture(autouse=True)
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an array forgets to fill shows."""
+    lend = buffers._Pool.lend
 
+    def dirty(pool: buffers._Pool, length: int) -> memoryview:
+        view = lend(pool, length)
+        view[:] = b"\xdd" * len(view)
+        return view
 
-class World:
-    """An array over simulated members, and what it should hold."""
-
-    def __init__(self, seed: int, *, chunks: int = 12, **shape: Any) -> None:
-        self.chosen = random.Random(seed)
-        shape.setdefault("layout", layouts_of(shape["level"])[0])
-        self.geometry = Geometry(member_bytes=chunks * CHUNK, chunk_bytes=CHUNK, **shape)
-        size = DATA_OFFSET + chunks * CHUNK
-        self.members = [
-            SimMember(size, self.chosen, name=f"m{slot}") for slot in range(self.geometry.members)
-        ]
-        self.announced: list[int] = []
-        self.array = Array(
-            self.geometry, self.members, data_offset=DATA_OFFSET, announce=self._announce
-        )
-        self.model = bytearray(self.array.size)
-
-    async def _announce(self, slot: int, _error: OSError) -> None:
-        await trio.lowlevel.checkpoint()
-        self.announced.append(slot)
-
-    @property
-    def lost(self) -> set[int]:
-        return {slot for slot, member in enumerate(self.members) if member.gone}
-
-    def extent(self) -> tuple[int, int]:
-        """Any range; often whole blocks, sometimes whole stripes."""
-        chosen, size = self.chosen, self.array.size
-        unit = chosen.choice([1, 512, 4096, 4096, CHUNK, self.geometry.stripe_bytes])
-        offset = chosen.randrange(size // unit) * unit
-        length = chosen.randint(1, max(1, 3 * CHUNK // unit)) * unit
-        return offset, min(length, size - offset)
-
-    async def write(self, *extents: tuple[int, int]) -> list[OSError | None]:
-        """A batch; the model has it where the array says that it was written."""
-        writes = [(offset, memoryview(self.chosen.randbytes(n))) for offset, n in extents]
-        errors = await self.array.write(writes)
-        for (offset, view), error in zip(writes, errors, strict=True):
-            if error is None:
-                self.model[offset : offset + len(view)] = view
-        return errors
-
-    async def check(self) -> None:
-        assert bytes(await self.array.read(0, self.array.size)) == bytes(self.model)
-
-    def amplification(self) -> tuple[int, int]:
-        """Bytes that the members read and wrote since the last call."""
-        found = sum(member.reads for member in self.members), sum(m.writes for m in self.members)
-        for member in self.members:
-            member.reads = member.writes = 0
-        return found
+    monkeypatch.setattr(buffers._Pool, "lend", dirty)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
@@ -97,41 +45,22 @@ async def test_what_is_written_is_read_also_with_every_loss_that_is_allowed(
 
 async def _something_happens(world: World) -> None:
     chosen = world.chosen
-    what = chosen.randrange(20)
+    what = chosen.randrange(21)
     if what < 10:
         batch = [world.extent() for _ in range(chosen.choice([1, 1, 2, 5]))]
         assert await world.write(*batch) == [None] * len(batch)
     elif what < 16:
-        offset, length = world.extent()
-        found = await world.array.read(offset, length)
-        assert bytes(found) == bytes(world.model[offset : offset + length])
+        await world.check(*world.extent())
     elif what == 16:
         await world.array.flush()
+    elif what == 20:
+        await world.zero(*world.extent())
     elif what == 17:
-        _lose_a_member(world)
+        lose_a_member(world)
     elif what == 18:
-        _spoil_a_block(world)
+        spoil_a_block(world)
     else:
         await _two_at_once(world)
-
-
-def _lose_a_member(world: World) -> None:
-    slot = world.chosen.randrange(world.geometry.members)
-    if survives(world.geometry, world.lost | {slot}) and not _spoiled(world):
-        world.members[slot].gone = True
-
-
-def _spoil_a_block(world: World) -> None:
-    """A bad sector, as long as the redundancy makes up for it."""
-    slot = world.chosen.randrange(world.geometry.members)
-    spoiled = {slot, *world.lost, *_spoiled(world)}
-    if survives(world.geometry, spoiled):
-        blocks = range(DATA_OFFSET // 4096, world.members[slot].size // 4096)
-        world.members[slot].bad_blocks.add(world.chosen.choice(blocks))
-
-
-def _spoiled(world: World) -> set[int]:
-    return {slot for slot, member in enumerate(world.members) if member.bad_blocks}
 
 
 async def _two_at_once(world: World) -> None:

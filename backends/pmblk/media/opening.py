@@ -120,7 +120,7 @@ def _open_locked(
         ) from error
     try:
         _check_file(path, fd, size, lba_bytes)
-        _lock(path, fd, shared=read_only)
+        lock(path, fd, shared=read_only)
         if with_reserve:
             _check_reserve(path, fd, read_only=read_only)
     except BaseException:
@@ -168,8 +168,11 @@ def _check_reserve(path: Path, fd: int, *, read_only: bool) -> None:
         )
 
 
-def _lock(path: Path, fd: int, *, shared: bool) -> None:
-    """One owner that writes, or any number that read; the lock ends with the process."""
+def lock(path: Path, fd: int, *, shared: bool) -> None:
+    """One owner that writes, or any number that read; the lock ends with the process.
+
+    Raises MediaError that names the owner, and OSError where nothing can be locked.
+    """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:

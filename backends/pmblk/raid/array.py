@@ -12,16 +12,20 @@ from collections.abc import Iterable, Sequence
 
 import trio
 
-from pmblk.raid.buffers import buffer
+from pmblk.raid.buffers import buffer, scratch
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
 from pmblk.raid.journaling import Journaling
-from pmblk.raid.member import Member
+from pmblk.raid.locks import RowLocks
+from pmblk.raid.member import Hung, Member
 from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
 
 BLOCK_BYTES = 4096
+TURN_BYTES = 64 << 10  # a turn for others costs 3 us, a third of what 4 KiB of memory take
+ZERO_BYTES = 64 << 20  # of each member, made zero at once
+ZERO_CHUNKS_MAX = 1024  # and so many locks are held for it
 
 
 class Array:
@@ -54,16 +58,31 @@ class Array:
         self._level = (
             Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
         )
+        self.operations = 0  # of clients: who works in the background stands back for them
+        # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
+        self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
+        chunks = max(1, min(ZERO_CHUNKS_MAX, ZERO_BYTES // geometry.chunk_bytes))
+        self._slice_bytes = chunks * self._unit_bytes
 
     async def read(self, offset: int, length: int) -> memoryview:
-        """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost."""
+        """The bytes, in memory that is the caller's. Raises OSError (EIO) for what is lost.
+
+        Others have a turn, unless it is short and all of it is a copy of memory.
+        """
         assert 0 <= offset <= offset + length <= self.size
         if not length:
             return memoryview(b"")
         first, last = offset & -BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
-        target = buffer(last - first)
-        await self._level.read(first, target)
-        return target[offset - first : offset - first + length]
+        self.operations += 1
+        if length >= TURN_BYTES:
+            await trio.lowlevel.checkpoint()
+        while True:
+            target = scratch(last - first)
+            try:
+                await self._level.read(first, target)
+            except Hung:
+                continue  # that member is out by now, and may still scribble into the memory
+            return target[offset - first : offset - first + length]
 
     async def write(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
         """Offsets and bytes, in the order given where they overlap; what became of each.
@@ -71,11 +90,64 @@ class Array:
         What is written together is planned together: neighbours become full stripes.
         """
         assert all(0 <= offset <= offset + len(view) <= self.size for offset, view in writes)
+        self.operations += 1
         with trio.CancelScope(shield=True):
             async with self._intended([(offset, len(view)) for offset, view in writes]):
-                errors = await self._level.write(writes)
+                errors = await self._written(writes)
             self._doubt_what_failed(writes, errors)
         return errors
+
+    async def _written(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
+        while True:
+            try:
+                return await self._level.write(writes)
+            except Hung:
+                continue  # as with a read; what was written already is written again
+            except OSError as error:  # one that hangs has to stay, or none can be announced
+                return [error] * len(writes)
+
+    async def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeroes, and gives its space back where the members can do that.
+
+        Raises OSError; parts of the range may be zero then. Done in slices: whoever is cancelled
+        leaves behind a range that is zero up to some place.
+        """
+        assert 0 <= offset <= offset + length <= self.size
+        end = offset + length
+        while offset < end:
+            after = min(end, offset // self._slice_bytes * self._slice_bytes + self._slice_bytes)
+            with trio.CancelScope(shield=True):
+                async with self._intended([(offset, after - offset)]):
+                    await self._zeroed(offset, after - offset)
+            await trio.lowlevel.checkpoint()
+            offset = after
+
+    async def _zeroed(self, offset: int, length: int) -> None:
+        while True:
+            try:
+                await self._zero_slice(offset, offset + length)
+            except Hung:
+                continue
+            return
+
+    async def _zero_slice(self, start: int, end: int) -> None:
+        """Whole stripes are made zero, and what is left at the ends is written."""
+        unit = self._unit_bytes
+        first, last = -(-start // unit), end // unit
+        if first < last:
+            await self._level.zero(first, last)
+            edges = [(start, first * unit), (last * unit, end)]
+        else:
+            edges = [(start, end)]
+        writes = [(begin, buffer(stop - begin)) for begin, stop in edges if begin < stop]
+        for error in await self._level.write(writes):
+            if error is not None:
+                raise error
+
+    @property
+    def locks(self) -> RowLocks:
+        """Of rows where there is parity, else of chunks of the array: a sweep takes them too."""
+        return self._level.locks
 
     def _doubt_what_failed(
         self, writes: Sequence[tuple[int, memoryview]], errors: Sequence[OSError | None]

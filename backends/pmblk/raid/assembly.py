@@ -85,7 +85,7 @@ def assemble(
     left_out.update(stale)
     slots, spares, doubles = _seats(current, newest)
     dirty = any(Flag.DIRTY in found.flags for found in current.values())
-    obstacles = [*_split_brain(ours, current, newest), *doubles]
+    obstacles = [*_unfinished(newest), *_split_brain(ours, current, newest), *doubles]
     obstacles += _shortage(newest, slots, degraded=degraded)
     obstacles += _doubt(newest, slots, dirty=dirty, force=force)
     return Assembly(
@@ -169,6 +169,11 @@ def _seats(
     return slots, spares, doubles
 
 
+def _unfinished(newest: Superblock) -> Iterable[str]:
+    if not newest.events:
+        yield "it was never finished making: make it again"
+
+
 def _split_brain(
     ours: Mapping[str, Superblock], current: Mapping[str, Superblock], newest: Superblock
 ) -> list[str]:
@@ -183,9 +188,9 @@ def _split_brain(
         elif place in current:
             rivals = []
         else:
-            out = (State.FAULTY, State.EMPTY)
+            # Whom it does not know came later, and says nothing.
             rivals = [
-                other for member, other in seated.items() if theirs.get(member, out[1]) in out
+                other for member, other in seated.items() if theirs.get(member) is State.FAULTY
             ]
         if rivals:
             lines.append(

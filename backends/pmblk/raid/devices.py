@@ -5,16 +5,28 @@ whether that is made up for, healed, or the end of a member, is for the level to
 """
 
 import errno
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 import trio
 
+from pmblk.raid.buffers import buffer
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.layout import survives
-from pmblk.raid.member import Member, Request
+from pmblk.raid.member import Hung, Member, Request
 
 Failures = dict[int, OSError]
 Announce = Callable[[int, OSError], Awaitable[None]]
+Range = tuple[int, int]  # offset, length
+_Result = tuple[int, Member | None, OSError]
+
+ZEROES_BYTES = 1 << 20  # written at once, where zeroes have to be written
+
+
+class Gone(OSError):
+    """What was asked of a member that has left: its failure was dealt with, or is being."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENODEV, "the member is gone")
 
 
 class Devices:
@@ -40,6 +52,7 @@ class Devices:
         self._data_offset = data_offset
         self._announce = announce
         self._failing = trio.Lock()
+        self._refusal: OSError | None = None
 
     @property
     def missing(self) -> set[int]:
@@ -60,41 +73,89 @@ class Devices:
     # ---- rounds
 
     async def read(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
-        """Of slots that are there. What failed."""
-        failures = await self._round(requests, "read")
+        """Of slots that are there. What failed.
+
+        Raises Hung when a member did not answer, and is out: it may still scribble into the memory
+        of this round, so nothing of that may be used, and the operation starts over with new
+        memory. EIO when the array cannot be without that member.
+        """
+        results = await self._round(requests, lambda slot, member: member.read(requests[slot]))
+        hung = {slot: error for slot, _, error in results if isinstance(error, Hung)}
+        failures = self._failures(results)
+        if hung:
+            await self._lose_hung({slot: failures[slot] for slot in hung})
+            raise next(iter(hung.values()))
         self.read_bytes += _bytes_of(requests, failures)
         return failures
 
     async def write(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
-        failures = await self._round(requests, "write")
+        """Raises OSError when a failed member could not be announced: see `fail`."""
+        self._check()
+        results = await self._round(requests, lambda slot, member: member.write(requests[slot]))
+        failures = self._failures(results)
         self.write_bytes += _bytes_of(requests, failures)
         return failures
+
+    async def heal(self, requests: Mapping[int, Sequence[Request]]) -> None:
+        """Write back what a read has made from redundancy. The read is right in any case."""
+        try:
+            await self.fail(await self.write(requests))
+        except OSError:
+            pass  # no failed member can be announced any more: every write will say so
+
+    async def zero(self, ranges: Mapping[int, Sequence[Range]]) -> Failures:
+        """Ranges of members, in bytes, become zeroes; written where a member has no better way."""
+        self._check()
+        return self._failures(
+            await self._round(ranges, lambda slot, member: _zero(member, ranges[slot]))
+        )
 
     async def flush(self, slots: Collection[int] | None = None) -> Failures:
         """Of these slots, or of all members that are in."""
         if slots is None:
             slots = [slot for slot, member in enumerate(self.members) if member is not None]
-        return await self._round(dict.fromkeys(slots, ()), "flush")
+        return self._failures(await self._round(slots, lambda _, member: member.flush()))
 
-    async def _round(self, requests: Mapping[int, Sequence[Request]], what: str) -> Failures:
-        failures: Failures = {}
+    async def _round(
+        self, slots: Collection[int], what: Callable[[int, Member], Awaitable[None]]
+    ) -> list[_Result]:
+        """What failed: the slot, the member who was in it, and the error."""
+        results: list[_Result] = []
 
-        async def one(slot: int, member: Member) -> None:
+        async def one(slot: int) -> None:
+            member = self.members[slot]
+            if member is None:  # it failed since the round was planned
+                results.append((slot, None, Gone()))
+                return
             try:
-                if what == "flush":
-                    await member.flush()
-                else:
-                    await (member.read if what == "read" else member.write)(requests[slot])
+                await what(slot, member)
             except OSError as error:
-                failures[slot] = error
+                results.append((slot, member, error))
 
+        if len(slots) == 1 or all(map(self._is_inline, slots)):
+            # Copies of memory wait for nothing, and a task for each costs more than they do.
+            for slot in slots:
+                await one(slot)
+            return results
         async with trio.open_nursery() as nursery:
-            for slot in requests:
-                member = self.members[slot]
-                if member is None:  # it failed since the round was planned
-                    failures[slot] = OSError(errno.ENODEV, "the member is gone")
-                else:
-                    nursery.start_soon(one, slot, member)
+            for slot in slots:
+                nursery.start_soon(one, slot)
+        return results
+
+    def _is_inline(self, slot: int) -> bool:
+        member = self.members[slot]
+        return member is None or member.inline
+
+    def _failures(self, results: Iterable[_Result]) -> Failures:
+        """By slot. Who has left the slot since failed before, and who sits there now has not."""
+        failures: Failures = {}
+        for slot, member, error in results:
+            if member is None or self.members[slot] is not member:
+                failures[slot] = Gone()
+            elif isinstance(error, Hung):  # to the array's users it is an error like any other
+                failures[slot] = OSError(errno.EIO, error.strerror)
+            else:
+                failures[slot] = error
         return failures
 
     # ---- the end of a member
@@ -106,21 +167,52 @@ class Devices:
         called after every round of writes, also with no failure: it waits for an announcement that
         is under way, and nothing that skipped the failed member may count before it. After a crash
         in between, that member would be taken for whole.
+
+        Raises OSError when an announcement has failed, now or ever: no write may count any more.
         """
         stay = set()
         async with self._failing:
             for slot, error in failures.items():
                 member = self.members[slot]
-                if member is None:
+                if member is None or isinstance(error, Gone):
                     continue
                 if not survives(self.geometry, self._lost_with(slot)):
                     stay.add(slot)
                     continue
-                self.members[slot] = None
-                self.rebuilt.pop(slot, None)
-                member.close()
-                await self._announce(slot, error)
+                await self._put_out(slot, member, error)
+            self._check()
         return stay
+
+    async def _put_out(self, slot: int, member: Member, error: OSError) -> None:
+        """Nobody uses it from now on, and the others are told, whoever is cancelled meanwhile.
+
+        What bounds the shield is the patience with the members that are told.
+        """
+        self.members[slot] = None
+        self.rebuilt.pop(slot, None)
+        member.close()
+        if self._refusal is not None:
+            return
+        with trio.CancelScope(shield=True):
+            try:
+                await self._announce(slot, error)
+            except OSError as refusal:
+                self._refusal = refusal
+
+    async def _lose_hung(self, hung: Failures) -> None:
+        """Reads go on without them, announced or not. Raises EIO where they cannot."""
+        try:
+            stay = await self.fail(hung)
+        except OSError:  # every write will say so
+            stay = {slot for slot in hung if self.members[slot] is not None}
+            stay -= {slot for slot in stay if isinstance(hung[slot], Gone)}
+        for slot in stay:
+            raise hung[slot]
+
+    def _check(self) -> None:
+        """Whether failed members can be announced. Raises OSError, for ever, once one was not."""
+        if self._refusal is not None:
+            raise self._refusal
 
     def _lost_with(self, slot: int) -> Collection[int]:
         """Slots that would not be whole if this one went too."""
@@ -134,3 +226,20 @@ def _bytes_of(requests: Mapping[int, Sequence[Request]], failures: Failures) -> 
         if slot not in failures
         for request in batch
     )
+
+
+async def _zero(member: Member, ranges: Sequence[Range]) -> None:
+    for offset, length in ranges:
+        try:
+            await member.zero(offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            await _write_zeroes(member, offset, length)
+
+
+async def _write_zeroes(member: Member, offset: int, length: int) -> None:
+    zeroes = buffer(min(length, ZEROES_BYTES))  # never written to, so no memory is under it
+    for position in range(offset, offset + length, ZEROES_BYTES):
+        piece = min(ZEROES_BYTES, offset + length - position)
+        await member.write((Request(position, zeroes[:piece]),))

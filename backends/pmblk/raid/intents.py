@@ -96,6 +96,11 @@ class Intents:
         self._doubtful[:] = True
         await self._mark(range(self._regions))
 
+    async def store_all(self) -> None:
+        """Every block, for a member that has missed some. Raises OSError."""
+        async with self._storing:
+            await self._put(range(self._regions))
+
     def dirty_ranges(self) -> list[tuple[int, int]]:
         """Offset and length of what is marked, joined, in order."""
         return bitmap.ranges_of(self._marked, region_bytes=self.region_bytes, size=self.size)

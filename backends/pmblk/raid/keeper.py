@@ -10,6 +10,7 @@ it, the change is an OSError, for ever: nothing may count that the members canno
 """
 
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,10 +21,12 @@ from msgspec.structs import replace
 from pmblk.raid.buffers import aligned
 from pmblk.raid.layout import survives
 from pmblk.raid.member import Member, Request
-from pmblk.raid.superblock import SLOT_OFFSETS, Entry, Flag, State, Superblock, encode
+from pmblk.raid.superblock import EMPTY, SLOT_OFFSETS, Entry, Flag, State, Superblock, encode
 
 Out = Callable[[int, OSError], None]
-Change = Callable[[Superblock], Superblock]
+Change = Callable[[Superblock], Superblock | None]
+"""Makes the new superblock of the one in force; None: things have changed, and it is off. Nothing
+else changes meanwhile, so seats are exchanged in it, too."""
 
 
 class Seat(msgspec.Struct):
@@ -34,7 +37,8 @@ class Seat(msgspec.Struct):
 
 
 class Keeper:
-    """`seats` are by the number of their entry. `out(number, error)`: that member was failed here.
+    """`seats` are by the number of their entry. `out(number, error)`: that member was failed here,
+    and is closed.
 
     `superblock` is what is in force, in the words of no particular member.
     """
@@ -51,15 +55,19 @@ class Keeper:
 
     # ---- changes
 
-    async def update(self, **fields: Any) -> None:
-        """What is no role: fields of the superblock. Raises OSError."""
+    async def update(self, change: Change) -> None:
+        """What is no role; `change` makes the new superblock from that in force. Raises OSError."""
         async with self._changing:
-            await self._put(_again(self.superblock, **fields))
+            superblock = change(self.superblock)
+            if superblock is not None:
+                await self._put(_again(superblock))
 
     async def change_roles(self, change: Change) -> None:
         """`change` makes the new superblock of the one in force. Raises OSError."""
         async with self._changing:
-            await self._settle(change(self.superblock))
+            superblock = change(self.superblock)
+            if superblock is not None:
+                await self._settle(superblock)
 
     async def fail(self, number: int, error: OSError) -> None:
         """This member is out; the others know when this returns. Raises OSError."""
@@ -101,6 +109,8 @@ class Keeper:
             events=self.superblock.events + 1,
             flags=superblock.flags & ~Flag.SETTLED,
         )
+        if all(entry.state is State.ACTIVE for entry in superblock.slots):
+            superblock = replace(superblock, whole_events=superblock.events)
         self.superblock = superblock
         failures = await self._write(superblock)
         if not failures:
@@ -118,7 +128,7 @@ class Keeper:
                 self._refusal = error
                 raise error
             superblock = _with_state(superblock, number, State.FAULTY)
-            self.seats.pop(number, None)
+            self.seats.pop(number).member.close()
             self._out(number, error)
         await self._settle(superblock)
 
@@ -126,7 +136,7 @@ class Keeper:
         geometry = superblock.geometry
         lost = {
             slot
-            for slot, entry in enumerate(superblock.entries[: geometry.members])
+            for slot, entry in enumerate(superblock.slots)
             if entry.state is not State.ACTIVE or slot not in self.seats
         }
         return number >= geometry.members or survives(geometry, lost | {number})
@@ -179,3 +189,19 @@ def with_entry(superblock: Superblock, number: int, entry: Entry) -> Superblock:
     entries = [*superblock.entries]
     entries[number : number + 1] = [entry]
     return replace(superblock, entries=tuple(entries))
+
+
+def trimmed(superblock: Superblock) -> Superblock:
+    """Without empty entries behind the slots, at the end."""
+    entries = [*superblock.entries]
+    while len(entries) > superblock.geometry.members and entries[-1].state is State.EMPTY:
+        entries.pop()
+    return replace(superblock, entries=tuple(entries))
+
+
+def without(superblock: Superblock, member: uuid.UUID) -> Superblock:
+    """The same with no entry of that member."""
+    for number, entry in enumerate(superblock.entries):
+        if entry.member == member:
+            superblock = with_entry(superblock, number, EMPTY)
+    return superblock

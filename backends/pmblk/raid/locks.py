@@ -26,7 +26,10 @@ class RowLocks:
         try:
             for row in ordered:
                 lock = self._locks[row]
-                await lock.acquire()
+                try:
+                    lock.acquire_nowait()  # a sweep takes many: no turn of the loop for each
+                except trio.WouldBlock:
+                    await lock.acquire()
                 held.append(lock)
             yield
         finally:

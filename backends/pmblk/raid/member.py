@@ -28,11 +28,15 @@ class Hung(OSError):
 
 
 class Member(abc.ABC):
-    """`place` is its path or URI, `size` and `block_bytes` what the device has."""
+    """`place` is its path or URI, `size` and `block_bytes` what the device has.
+
+    `inline`: its I/O is done on the event loop, so members like it are not used side by side.
+    """
 
     place: str
     size: int
     block_bytes: int
+    inline: bool = False
 
     @abc.abstractmethod
     async def read(self, requests: Sequence[Request]) -> None:

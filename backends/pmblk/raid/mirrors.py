@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, buffer
-from pmblk.raid.devices import Devices
+from pmblk.raid.buffers import aligned, scratch
+from pmblk.raid.devices import Devices, Range
 from pmblk.raid.layout import Place, copies
 from pmblk.raid.locks import RowLocks
-from pmblk.raid.member import Request
+from pmblk.raid.member import Hung, Request
 
 BLOCK_BYTES = 4096
 
@@ -34,7 +34,7 @@ class Mirrors:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
         self._geometry = devices.geometry
-        self._locks = RowLocks()
+        self.locks = self._locks = RowLocks()  # sweeps take them too
 
     # ---- reading
 
@@ -89,7 +89,7 @@ class Mirrors:
             place.slot: [Request(self._devices.place(place.chunk, part.start), part.view)]
             for place in bad
         }
-        await self._devices.fail(await self._devices.write(heals))
+        await self._devices.heal(heals)
 
     # ---- writing
 
@@ -115,6 +115,8 @@ class Mirrors:
         for part in layer:
             try:
                 part = await self._filled_up(part)
+            except Hung:
+                raise
             except OSError as error:
                 errors[part.write] = error
                 continue
@@ -139,10 +141,38 @@ class Mirrors:
         first, last = start & -BLOCK_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES
         if (first, last) == (start, end):
             return Part(part.chunk, start, aligned(part.view), part.write)
-        whole = Part(part.chunk, first, buffer(last - first), part.write)
+        whole = Part(part.chunk, first, scratch(last - first), part.write)
         await self._read_some_copy(whole)
         whole.view[start - first : end - first] = part.view
         return whole
+
+    # ---- zeroes
+
+    async def zero(self, first: int, end: int) -> None:
+        """Chunks `first` to `end`, in every copy on a member that is in. Raises OSError."""
+        async with self._locks.hold(range(first, end)):
+            chunks: dict[int, list[int]] = {}  # of members, by slot
+            for chunk in range(first, end):
+                for place in self._there(chunk):
+                    chunks.setdefault(place.slot, []).append(place.chunk)
+            failures = await self._devices.zero(
+                {slot: list(self._joined(found)) for slot, found in chunks.items()}
+            )
+            for slot in await self._devices.fail(failures):
+                raise failures[slot]
+
+    def _there(self, chunk: int) -> list[Place]:
+        """Where a chunk is written. Raises OSError (EIO) if that is nowhere."""
+        places = copies(self._geometry, chunk)
+        there = [place for place in places if place.slot not in self._devices.missing]
+        if not there:
+            raise OSError(errno.EIO, f"chunk {chunk} has no member left")
+        return there
+
+    def _joined(self, chunks: Sequence[int]) -> Iterator[Range]:
+        """Chunks of a member as ranges of its device, those in a row as one."""
+        for start, count in merged(chunks):
+            yield self._devices.place(start), count * self._geometry.chunk_bytes
 
 
 def _layers(parts: Sequence[Part]) -> list[list[Part]]:
@@ -158,3 +188,13 @@ def _layers(parts: Sequence[Part]) -> list[list[Part]]:
             layers.append([])
         layers[depth].append(part)
     return layers
+
+
+def merged(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and count of each run of numbers that follow each other."""
+    ordered = sorted(numbers)
+    start = 0
+    for position in range(1, len(ordered) + 1):
+        if position == len(ordered) or ordered[position] != ordered[position - 1] + 1:
+            yield ordered[start], position - start
+            start = position

@@ -12,18 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, buffer, numbers
+from pmblk.raid.buffers import aligned, buffer, numbers, scratch
 from pmblk.raid.devices import Devices, Failures
 from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
-from pmblk.raid.member import Request
+from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
 
 BLOCK_BYTES = 4096
 """What is read to fill up a write that is no whole block."""
+
+ZERO_RECORD_BYTES_MAX = 4 << 20
+"""Of a member, made zero by one record: its checksums are computed while others wait."""
 
 Batch = dict[int, list[Request]]
 
@@ -44,7 +47,7 @@ class Rows:
         self._journal = journal
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
-        self._locks = RowLocks()
+        self.locks = self._locks = RowLocks()  # sweeps take them too
 
     # ---- reading
 
@@ -94,7 +97,7 @@ class Rows:
         found = await self._recover(row, piece.start, piece.end, slot)
         view[:] = found
         if slot not in self._devices.unreadable(row):  # it is there, and may have a bad sector
-            await self._devices.fail(await self._devices.write({slot: [Request(place, found)]}))
+            await self._devices.heal({slot: [Request(place, found)]})
 
     async def _recover(self, row: int, start: int, end: int, wanted: int) -> memoryview:
         """Bytes `start` to `end` of the chunk in the slot `wanted`. Raises OSError (EIO)."""
@@ -106,14 +109,14 @@ class Rows:
                 made = recipe(self._stripes[row], lost=lost, wanted=[wanted])
             except TooManyLost as error:
                 raise OSError(errno.EIO, f"row {row}: {error}") from error
-            sources = {slot: buffer(end - start) for slot in made.sources}
+            sources = {slot: scratch(end - start) for slot in made.sources}
             failures = await self._devices.read(
                 {slot: [Request(place, view)] for slot, view in sources.items()}
             )
             if not failures:
                 break
             blind |= set(failures)
-        output = buffer(end - start)
+        output = scratch(end - start)
         combine(
             [made.rows[wanted]], [numbers(view) for view in sources.values()], [numbers(output)]
         )
@@ -144,6 +147,8 @@ class Rows:
         for row, parts in layer.items():
             try:
                 ready[row] = [await self._filled_up(row, part) for part in parts]
+            except Hung:
+                raise
             except OSError as error:
                 errors[row] = error
         for some in self._batches(ready):
@@ -167,7 +172,7 @@ class Rows:
         start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
         if (start, end) == (piece.start, piece.end):
             return Part(piece, aligned(part.view), part.write)
-        view = buffer(end - start)
+        view = scratch(end - start)
         whole = Piece(piece.index, start, end)
         await self._read_locked(row, whole, view)
         view[piece.start - start : piece.end - start] = part.view
@@ -232,6 +237,44 @@ class Rows:
         failures = await self._devices.write(batch)
         return {slot: failures[slot] for slot in await self._devices.fail(failures)}
 
+    # ---- zeroes
+
+    async def zero(self, first: int, end: int) -> None:
+        """Rows `first` to `end`, on all members that are in: the parity of zeroes is zero.
+
+        Raises OSError.
+        """
+        step = end - first
+        if self._journal is not None:
+            bytes_max = min(self._journal.payload_bytes_max, ZERO_RECORD_BYTES_MAX)
+            step = min(step, max(1, bytes_max // self._geometry.chunk_bytes))
+        async with self._locks.hold(range(first, end)):
+            for row in range(first, end, step):
+                length = min(step, end - row) * self._geometry.chunk_bytes
+                await self._zero_locked(self._devices.place(row), length)
+
+    async def _zero_locked(self, offset: int, length: int) -> None:
+        missing = self._devices.missing
+        if len(missing) > self._geometry.parities:
+            raise OSError(errno.EIO, f"{len(missing)} members are missing")
+        present = set(range(self._geometry.members)) - missing
+        if self._journal is None:
+            await self._zero_all(present, offset, length)
+            return
+        zeroes = Request(offset, buffer(length))
+        ticket = await self._journal.record({slot: [zeroes] for slot in present}, {offset})
+        try:
+            await self._zero_all(present, offset, length)
+        finally:
+            self._journal.written(ticket)
+
+    async def _zero_all(self, slots: Iterable[int], offset: int, length: int) -> None:
+        failures = await self._devices.zero({slot: [(offset, length)] for slot in slots})
+        for slot in await self._devices.fail(failures):
+            raise failures[slot]
+
+    # ---- parts of a write
+
     def _old_chunks(
         self, planned: Mapping[int, Sequence[Segment]]
     ) -> tuple[dict[tuple[int, int], list[memoryview]], Batch]:
@@ -240,7 +283,7 @@ class Rows:
         batch: Batch = {}
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
-                olds[row, number] = views = [buffer(segment.length) for _ in segment.reads]
+                olds[row, number] = views = [scratch(segment.length) for _ in segment.reads]
                 place = self._devices.place(row, segment.start)
                 for slot, view in zip(segment.reads, views, strict=True):
                     batch.setdefault(slot, []).append(Request(place, view))
@@ -262,7 +305,7 @@ class Rows:
             if stripe.data[index] in segment.stores:
                 batch.setdefault(stripe.data[index], []).append(Request(place, view))
         if segment.parity:
-            outputs = [buffer(segment.length) for _ in segment.parity]
+            outputs = [scratch(segment.length) for _ in segment.parity]
             combine(
                 list(segment.parity.values()),
                 [numbers(view) for view in (*olds, *new)],
@@ -303,7 +346,7 @@ def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview
     ]
     if len(found) == 1:
         return found[0]
-    whole, position = buffer(segment.length), 0
+    whole, position = scratch(segment.length), 0
     for view in found:
         whole[position : position + len(view)] = view
         position += len(view)

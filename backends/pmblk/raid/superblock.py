@@ -104,6 +104,18 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
         return self.events, self.generation
 
     @property
+    def slots(self) -> tuple[Entry, ...]:
+        """The entries of the geometry's slots, without the spares behind them."""
+        return self.entries[: self.geometry.members]
+
+    @property
+    def free_entry(self) -> int:
+        """The number of the first entry behind the slots that nobody has."""
+        members = self.geometry.members
+        behind = self.entries[members:]
+        return members + next((i for i, one in enumerate(behind) if one == EMPTY), len(behind))
+
+    @property
     def entry_of_itself(self) -> int | None:
         """The number of the entry that names this member."""
         return next((i for i, one in enumerate(self.entries) if one.member == self.member), None)

@@ -1,0 +1,126 @@
+"""From the places of some devices to an array in service, or to every reason why not.
+
+Who may sit where is `pmblk.raid.assembly`'s; here the devices are opened, asked, and given what an
+array keeps on each of them.
+"""
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import msgspec
+
+from pmblk.errors import PmblkError
+from pmblk.raid.assembly import Assembly, Candidate, NoArray
+from pmblk.raid.assembly import assemble as judge
+from pmblk.raid.bad_blocks import remembering
+from pmblk.raid.checksummed import checksummed
+from pmblk.raid.keeper import Seat
+from pmblk.raid.labels import Label, read_label
+from pmblk.raid.member import Member
+from pmblk.raid.running import RunningArray
+from pmblk.raid.superblock import Flag, Superblock
+from pmblk.raid.sweep import Pace
+
+Opener = Callable[[str], Awaitable[Member]]
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """Devices that are open, with what they say; and those that could not be asked, and why."""
+
+    members: Mapping[str, Member]
+    labels: Mapping[str, Label]
+    problems: Mapping[str, str]
+
+    def judge(self, *, array: uuid.UUID | None, degraded: bool, force: bool) -> Assembly:
+        """Raises PmblkError when there is nothing to assemble."""
+        candidates = [Candidate(place, label.found) for place, label in self.labels.items()]
+        try:
+            return judge(candidates, array=array, degraded=degraded, force=force)
+        except NoArray as error:
+            raise PmblkError("\n  ".join([f"no array: {error}", *self.lines()])) from None
+
+    def lines(self) -> list[str]:
+        """One for each device that could not be asked."""
+        return [f"{place}: {problem}" for place, problem in sorted(self.problems.items())]
+
+    def close(self, *, but: Sequence[str | None] = ()) -> None:
+        for place, member in self.members.items():
+            if place not in but:
+                member.close()
+
+
+async def survey(places: Sequence[str], *, open_member: Opener) -> Survey:
+    """Ask all of them. A device that does not answer is a problem of the survey, not an error."""
+    members: dict[str, Member] = {}
+    labels: dict[str, Label] = {}
+    problems: dict[str, str] = {}
+    for place in dict.fromkeys(places):
+        try:
+            members[place] = await open_member(place)
+            labels[place] = await read_label(members[place])
+        except PmblkError as error:
+            problems[place] = str(error)
+        except OSError as error:
+            problems[place] = error.strerror or str(error)
+    return Survey(members, labels, problems)
+
+
+async def assemble(
+    places: Sequence[str],
+    *,
+    open_member: Opener,
+    array: uuid.UUID | None = None,
+    degraded: bool = False,
+    force: bool = False,
+    pace: Pace | None = None,
+) -> RunningArray:
+    """The array, started. Raises PmblkError with a line for each reason why it cannot be."""
+    found = await survey(places, open_member=open_member)
+    try:
+        assembly = found.judge(array=array, degraded=degraded, force=force)
+        if assembly.obstacles:
+            raise PmblkError(_explained(assembly, found))
+        seats = await _seats(assembly, found)
+        running = RunningArray(assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace)
+        await running.start(dirty=assembly.dirty)
+    except OSError as error:
+        found.close()
+        raise PmblkError(f"cannot start the array: {error.strerror or error}") from error
+    except BaseException:
+        found.close()
+        raise
+    found.close(but=[*assembly.slots, *assembly.spares])
+    return running
+
+
+def _explained(assembly: Assembly, found: Survey) -> str:
+    name, array = assembly.newest.name, assembly.newest.array
+    lines = [f"cannot start {name} ({array}):", *assembly.obstacles, *assembly.notes]
+    return "\n  ".join([*lines, *found.lines()])
+
+
+async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
+    """By the number of their entry."""
+    numbers = {entry.member: number for number, entry in enumerate(assembly.newest.entries)}
+    seats = {}
+    for place in (*assembly.slots, *assembly.spares):
+        if place is None:
+            continue
+        label = found.labels[place]
+        assert isinstance(label.found, Superblock), "others are left out"
+        member = await wrap(found.members[place], assembly.newest)
+        seats[numbers[label.found.member]] = Seat(member, label.stale_slot)
+    return seats
+
+
+async def wrap(member: Member, superblock: Superblock) -> Member:
+    """A member, with its log of bad blocks and its checksums. Raises PmblkError, OSError."""
+    found: Member = await remembering(member, data_offset=superblock.data_offset)
+    if Flag.INTEGRITY in superblock.flags:
+        found = await checksummed(
+            found,
+            data_offset=superblock.data_offset,
+            member_bytes=superblock.geometry.member_bytes,
+            checksums_offset=superblock.checksums_offset,
+        )
+    return found

@@ -1,0 +1,436 @@
+"""An array in service: its members and superblocks, and what people ask of it.
+
+`start` settles who is in, `run` does the work behind the I/O until it is cancelled, `stop` ends it
+cleanly. Whatever is refused is a PmblkError with what to do, and has changed nothing.
+
+Not here: reads and writes (`array`), the work behind them (`upkeep`), who may sit where at the
+start (`assembly`), how it is opened (`assembling`).
+"""
+
+import errno
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+from msgspec.structs import replace
+
+from pmblk.errors import PmblkError
+from pmblk.raid.areas import checksums_bytes
+from pmblk.raid.array import Array
+from pmblk.raid.bad_blocks import bad_blocks_of
+from pmblk.raid.buffers import buffer
+from pmblk.raid.creation import blank
+from pmblk.raid.intents import Intents
+from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
+from pmblk.raid.labels import Label, read_label
+from pmblk.raid.layout import survives
+from pmblk.raid.member import Member, Request
+from pmblk.raid.replacing import Replacing
+from pmblk.raid.status import ArrayStatus, MemberStatus
+from pmblk.raid.superblock import (
+    BITMAP_BYTES,
+    BITMAP_OFFSET,
+    EMPTY,
+    ENTRIES_MAX,
+    Entry,
+    Flag,
+    State,
+    Superblock,
+)
+from pmblk.raid.sweep import Pace
+from pmblk.raid.upkeep import Scrub, Upkeep
+
+T = TypeVar("T")
+Opener = Callable[[str], Awaitable[Member]]
+Wrapper = Callable[[Member, Superblock], Awaitable[Member]]
+
+
+class RunningArray:
+    """`seats` are by the number of their entry: members that are open, and wrapped; the array's
+    from now on. `opener` opens one more by its place, and `wrap` gives it what an array keeps on
+    each (bad blocks, checksums).
+    """
+
+    def __init__(
+        self,
+        superblock: Superblock,
+        seats: Mapping[int, Seat],
+        *,
+        opener: Opener,
+        wrap: Wrapper,
+        pace: Pace | None = None,
+    ) -> None:
+        geometry = superblock.geometry
+        self.name = superblock.name
+        self.uuid = superblock.array
+        self.geometry = geometry
+        self.size = geometry.size
+        self._opener = opener
+        self._wrap = wrap
+        self._reasons: dict[uuid.UUID, str] = {}  # why a member is faulty
+        self._places = {
+            superblock.entries[number].member: seat.member.place for number, seat in seats.items()
+        }
+        self._keeper = Keeper(superblock, seats, out=self._dropped)
+        self._intents = self._make_intents(superblock)
+        self.array = Array(
+            geometry,
+            [seats[slot].member if slot in seats else None for slot in range(geometry.members)],
+            data_offset=superblock.data_offset,
+            announce=self._announce,
+            intents=self._intents,
+        )
+        self._devices = self.array.devices
+        self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace())
+
+    def _make_intents(self, superblock: Superblock) -> Intents | None:
+        if not superblock.bitmap_chunk_bytes:
+            return None
+
+        async def store(offset: int, view: memoryview) -> None:
+            await self._keeper.store(BITMAP_OFFSET + offset, view, durable=True)
+
+        return Intents(size=self.size, region_bytes=superblock.bitmap_chunk_bytes, store=store)
+
+    @property
+    def superblock(self) -> Superblock:
+        """What is in force, in the words of no particular member."""
+        return self._keeper.superblock
+
+    # ---- the life of it
+
+    async def start(self, *, dirty: bool) -> None:
+        """Settle who is in, and what an unclean stop has left. Raises OSError.
+
+        `dirty`: it was not stopped cleanly. Nobody reads or writes before this has returned.
+        """
+        await self._settle_roles(dirty=dirty)
+        for slot, entry in enumerate(self.superblock.slots):
+            if entry.state is State.REBUILDING and slot in self._keeper.seats:
+                done = entry.checkpoint // self.geometry.chunk_bytes
+                self._devices.rebuilt[slot] = done
+        if self._intents is not None:
+            self._intents.load(await self._bitmaps())
+        if dirty:
+            self._upkeep.resync = self._doubtful()
+        self._upkeep.keep_marks_while_degraded()
+
+    async def _settle_roles(self, *, dirty: bool) -> None:
+        """Whoever is missing is counted out, durably, before anything is written without it."""
+        missing = [
+            slot
+            for slot, entry in enumerate(self.superblock.slots)
+            if slot not in self._keeper.seats and entry.state in (State.ACTIVE, State.REBUILDING)
+        ]
+
+        def change(superblock: Superblock) -> Superblock:
+            for slot in missing:
+                faulty = replace(superblock.entries[slot], state=State.FAULTY)
+                superblock = with_entry(superblock, slot, faulty)
+            if not dirty:
+                superblock = replace(superblock, resync_position=0)
+            return replace(superblock, flags=superblock.flags | Flag.DIRTY)
+
+        for slot in missing:
+            self._reasons[self.superblock.entries[slot].member] = "it was missing at the start"
+        if missing or Flag.SETTLED not in self.superblock.flags:
+            await self._keeper.change_roles(change)
+        else:
+            await self._keeper.update(change)
+
+    async def _bitmaps(self) -> list[bytes]:
+        """Of every member that holds data."""
+        found = []
+        for number, seat in self._keeper.seats.items():
+            if self._keeper.entry(number).state is State.ACTIVE:
+                view = buffer(BITMAP_BYTES)
+                await seat.member.read((Request(BITMAP_OFFSET, view),))
+                found.append(bytes(view))
+        return found
+
+    def _doubtful(self) -> tuple[tuple[int, int], ...]:
+        """Where copies or parity may not fit after an unclean stop: offsets and lengths."""
+        if not self.geometry.redundancy:
+            return ()
+        if self._intents is not None:
+            return tuple(self._intents.dirty_ranges())
+        done = self.superblock.resync_position
+        return ((done, self.size - done),) if done < self.size else ()
+
+    async def run(self) -> None:
+        """The work behind the I/O, until it is cancelled."""
+        await self._upkeep.run()
+
+    async def stop(self) -> None:
+        """All is durable, and says so; the members are closed. `run` has been cancelled.
+
+        Raises OSError, and closes all the same: the next start will see an unclean stop.
+        """
+        try:
+            await self.array.flush()
+            if not self._upkeep.resync:
+                if self._intents is not None:
+                    await self._intents.clear_idle(self.array.flush)
+                    await self._intents.clear_idle(self.array.flush)  # none was written since
+                await self._keeper.update(_clean)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let the members go, as they are."""
+        for seat in self._keeper.seats.values():
+            seat.member.close()
+
+    # ---- members that leave
+
+    async def _announce(self, slot: int, error: OSError) -> None:
+        """Of `Devices`, which has let go of it: nothing may skip it before this returns."""
+        self._dropped(slot, error)
+        await self._keeper.fail(slot, error)
+
+    def _dropped(self, number: int, error: OSError) -> None:
+        self._reasons[self._keeper.entry(number).member] = error.strerror or str(error)
+        if number < self.geometry.members:
+            self._devices.members[number] = None
+            self._devices.rebuilt.pop(number, None)
+        self._upkeep.dropped(number)
+
+    # ---- what people ask for
+
+    async def fail(self, place: str) -> None:
+        """This member is out, as if it had failed."""
+        number = self._number_of(place)
+        error = OSError(errno.EIO, "failed by command")
+        if number not in self._keeper.seats:
+            raise PmblkError(f"{place} has failed already", hint="see pmblk raid status")
+        if number >= self.geometry.members:
+            self._keeper.seats[number].member.close()
+            self._dropped(number, error)
+            await self._told(self._keeper.fail(number, error))
+        elif await self._told(self._devices.fail({number: error})):
+            raise PmblkError(
+                f"the array cannot be without {place}", hint="add a spare, and wait for its rebuild"
+            )
+
+    async def remove(self, place: str) -> None:
+        """A spare, or a member that has failed, is the array's no more."""
+        number = self._number_of(place)
+        entry = self._keeper.entry(number)
+        if entry.state in (State.ACTIVE, State.REBUILDING):
+            raise PmblkError(
+                f"{place} is in use", hint="fail it first, or have it replaced by another one"
+            )
+        if number in self._upkeep.replacements.values():
+            raise PmblkError(f"{place} takes over from a member", hint="fail it first")
+
+        def change(superblock: Superblock) -> Superblock:
+            seat = self._keeper.seats.pop(number, None)
+            if seat is not None:
+                seat.member.close()
+            return trimmed(with_entry(superblock, number, EMPTY))
+
+        await self._told(self._keeper.change_roles(change))
+        self._places.pop(entry.member, None)
+        self._reasons.pop(entry.member, None)
+
+    async def add(self, place: str) -> None:
+        """A spare; a member that comes back takes its slot again, and only what it lacks."""
+        if any(seat.member.place == place for seat in self._keeper.seats.values()):
+            raise PmblkError(f"{place} is in the array already")
+        member = await self._opener(place)
+        try:
+            label = await self._told(read_label(member))
+            found = label.found
+            if isinstance(found, Superblock):
+                if found.array != self.uuid:
+                    raise PmblkError(
+                        f"{place} is a member of another array ({found.name}, {found.array})",
+                        hint="erase it (pmblk raid erase), if nobody needs that",
+                    )
+                slot = self._slot_to_return_to(found)
+                if slot is not None:
+                    await self._take_back(slot, member, label.stale_slot)
+                    return
+            await self._add_spare(place, member, label)
+        except BaseException:
+            member.close()
+            raise
+
+    def _slot_to_return_to(self, found: Superblock) -> int | None:
+        """Where its bytes still are what the array holds, but for what is marked since."""
+        for slot, entry in enumerate(self.superblock.slots):
+            if entry.member == found.member and entry.state is State.FAULTY:
+                knows = found.events >= self.superblock.whole_events
+                was_whole = found.entries[slot] == Entry(found.member, State.ACTIVE)
+                return slot if self._intents is not None and knows and was_whole else None
+        return None
+
+    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
+        assert self._intents is not None
+        wrapped = await self._wrap(member, self.superblock)
+        entry = Entry(self._keeper.entry(slot).member, State.REBUILDING)
+
+        def change(superblock: Superblock) -> Superblock | None:
+            if slot in self._keeper.seats:
+                return None
+            self._keeper.seats[slot] = Seat(wrapped, stale_slot)
+            self._upkeep.returned[slot] = ()
+            return with_entry(superblock, slot, entry)
+
+        await self._told(self._keeper.change_roles(change))
+        self._places[entry.member] = member.place
+        self._upkeep.take_in(slot)
+        self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
+        self._upkeep.hurry()
+
+    async def _add_spare(self, place: str, member: Member, label: Label) -> None:
+        superblock = self.superblock
+        needed = _needed_bytes(superblock)
+        if member.size < needed:
+            raise PmblkError(
+                f"{place} is too small: {member.size} bytes of {needed}", hint="find a larger one"
+            )
+        if member.block_bytes > 4096:
+            raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
+        entry = Entry(uuid.uuid4(), State.SPARE)
+        await self._told(blank(member, superblock))
+        wrapped = await self._wrap(member, superblock)
+
+        def change(superblock: Superblock) -> Superblock | None:
+            if isinstance(label.found, Superblock):  # what it was here before is over
+                superblock = without(superblock, label.found.member)
+            number = superblock.free_entry
+            if number == ENTRIES_MAX:
+                return None
+            self._keeper.seats[number] = Seat(wrapped, label.stale_slot)
+            return with_entry(superblock, number, entry)
+
+        await self._told(self._keeper.change_roles(change))
+        if all(one.member != entry.member for one in self.superblock.entries):
+            raise PmblkError("the array has as many spares as there can be")
+        self._places[entry.member] = place
+        self._upkeep.hurry()
+
+    async def replace(self, old: str, new: str) -> None:
+        """The new one takes the slot of the old one, which serves until both hold the same."""
+        slot = self._number_of(old)
+        before = self._devices.members[slot] if slot < self.geometry.members else None
+        if before is None or slot in self._devices.rebuilt or slot in self._upkeep.replacements:
+            raise PmblkError(
+                f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
+            )
+        if all(seat.member.place != new for seat in self._keeper.seats.values()):
+            await self.add(new)
+        number = self._number_of(new)
+        if self._keeper.entry(number).state is not State.SPARE:
+            raise PmblkError(f"{new} is no spare", hint="name a spare, or a device to add")
+        seat = self._keeper.seats[number]
+        self._devices.members[slot] = Replacing(before, seat.member)
+        self._upkeep.replacements[slot] = number
+        self._upkeep.hurry()
+
+    def scrub(self, *, repair: bool) -> None:
+        """Read all of it, and see whether it fits; `repair`: mend what does not."""
+        if not self.geometry.redundancy and not Flag.INTEGRITY & self.superblock.flags:
+            raise PmblkError("level 0 without integrity has nothing to compare")
+        if self._upkeep.scrub is not None:
+            raise PmblkError("a scrub is under way", hint="stop it first (--stop)")
+        self._upkeep.scrub = Scrub(repair)
+        self._upkeep.wake()
+
+    def stop_scrub(self) -> None:
+        """What it has found so far stays."""
+        self._upkeep.stop_scrub()
+
+    async def _told(self, work: Awaitable[T]) -> T:
+        """Errors of members, in words for people."""
+        try:
+            return await work
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise PmblkError(f"{self.name}: {reason}", hint="see pmblk raid status") from error
+
+    def _number_of(self, place: str) -> int:
+        """Of its entry. Raises PmblkError."""
+        for number, entry in enumerate(self.superblock.entries):
+            if entry.state is not State.EMPTY and self._places.get(entry.member) == place:
+                return number
+        places = ", ".join(sorted(self._places.values()))
+        raise PmblkError(f"{place} is no member of {self.name}", hint=f"its members: {places}")
+
+    # ---- what it tells
+
+    def status(self) -> ArrayStatus:
+        """Now."""
+        superblock, geometry, upkeep = self.superblock, self.geometry, self._upkeep
+        flags = superblock.flags
+        return ArrayStatus(
+            name=self.name,
+            array=self.uuid,
+            level=geometry.level,
+            layout=geometry.layout,
+            chunk_bytes=geometry.chunk_bytes,
+            size_bytes=self.size,
+            member_bytes=geometry.member_bytes,
+            state=self._state(),
+            events=superblock.events,
+            write_hole="journal" if Flag.JOURNAL in flags else "open",
+            integrity=Flag.INTEGRITY in flags,
+            bitmap_chunk_bytes=superblock.bitmap_chunk_bytes,
+            dirty_bytes=self._marked_bytes(),
+            members=tuple(
+                self._member_status(number, entry)
+                for number, entry in enumerate(superblock.entries)
+                if entry.state is not State.EMPTY or number < geometry.members
+            ),
+            sweep=upkeep.sweep.status() if upkeep.sweep is not None else None,
+            scrub=upkeep.scrubbed,
+            member_read_bytes=self._devices.read_bytes,
+            member_write_bytes=self._devices.write_bytes,
+        )
+
+    def _state(self) -> str:
+        missing = self._devices.missing | set(self._devices.rebuilt)
+        if not missing:
+            return "active"
+        return "degraded" if survives(self.geometry, missing) else "failed"
+
+    def _marked_bytes(self) -> int | None:
+        if self._intents is None:
+            return None
+        return sum(length for _, length in self._intents.dirty_ranges())
+
+    def _member_status(self, number: int, entry: Entry) -> MemberStatus:
+        seat = self._keeper.seats.get(number)
+        state = entry.state.name.lower()
+        if number in self._upkeep.replacements.values():
+            state = "replacing"
+        checkpoint = entry.checkpoint
+        if number in self._devices.rebuilt:
+            checkpoint = self._devices.rebuilt[number] * self.geometry.chunk_bytes
+        return MemberStatus(
+            slot=number if number < self.geometry.members else None,
+            place=self._places.get(entry.member),
+            member=entry.member,
+            state=state,
+            checkpoint=checkpoint,
+            bad_blocks=_bad_blocks(seat),
+            reason=self._reasons.get(entry.member, ""),
+        )
+
+
+def _bad_blocks(seat: Seat | None) -> int:
+    known = None if seat is None else bad_blocks_of(seat.member)
+    return 0 if known is None else known.count
+
+
+def _clean(superblock: Superblock) -> Superblock:
+    return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
+
+
+def _needed_bytes(superblock: Superblock) -> int:
+    """What a member has to have at least."""
+    end = superblock.data_offset + superblock.geometry.member_bytes
+    if superblock.checksums_offset:
+        end = superblock.checksums_offset + checksums_bytes(superblock.geometry.member_bytes)
+    return end
