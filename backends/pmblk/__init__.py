@@ -5,9 +5,10 @@ A library. It knows no socket, no FUSE, no config file and no command line; the 
 commands, answers at once what memory can answer, and names what has to wait.
 """
 
+from pmblk.block_device import BlockDevice
 from pmblk.errors import MediaError, PmblkError
 from pmblk.namespace import Namespace
 from pmblk.nvme.command import Command, Opcode
 from pmblk.nvme.status import Status
 
-__all__ = ["Command", "MediaError", "Namespace", "Opcode", "PmblkError", "Status"]
+__all__ = ["BlockDevice", "Command", "MediaError", "Namespace", "Opcode", "PmblkError", "Status"]

@@ -35,9 +35,7 @@ from pmblk.nvme.command import (
     Hole,
     Segment,
 )
-from pmblk.nvme.data_pointer import prp_entries, prp_list_pages
-from pmblk.nvme.status import Status, from_oserror
-from pmblk.pages import PAGE_BYTES
+from pmblk.nvme.status import Status, fault_of, from_oserror
 from pmblk.ranges import Extent, merge_extents
 from pmblk.representations.base import Lease, Representation
 from pmblk.zeroing import INLINE_BYTES, Clearing, clear
@@ -86,7 +84,7 @@ class Dispatcher:
         """Range, read-only and health."""
         opcode = command.opcode
         if self.media.health.fault is not None:
-            return self.fault_of(opcode)
+            return fault_of(opcode)
         if opcode == FLUSH:
             return Status.SUCCESS
         if command.length > self.media.size - command.offset:
@@ -115,43 +113,15 @@ class Dispatcher:
         self.counters.errors += 1
 
     def fail_with(self, command: Command, error: OSError) -> None:
-        self.fail(command, from_oserror(error, otherwise=self.fault_of(command.opcode)))
+        self.fail(command, from_oserror(error, otherwise=fault_of(command.opcode)))
         try:
             self.media.check()  # the error may be the first sign of a truncated file
         except OSError:
             pass  # it is noted
 
-    @staticmethod
-    def fault_of(opcode: int) -> Status:
-        """What a command fails with that its media cannot do."""
-        reading = opcode in (READ, GET_LBA_STATUS, PREFETCH)
-        return Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
-
     def count(self, command: Command) -> None:
         """A command has succeeded."""
-        counters, opcode, length = self.counters, command.opcode, command.length
-        if opcode == READ:
-            counters.reads += 1
-            counters.read_bytes += length
-            self.count_pages(command.offset, length)
-        elif opcode == WRITE:
-            counters.writes += 1
-            counters.write_bytes += length
-            self.count_pages(command.offset, length)
-        elif opcode == WRITE_ZEROES:
-            counters.zeroes += 1
-            counters.zero_bytes += length
-        elif opcode == DATASET_MANAGEMENT:
-            counters.deallocations += 1
-            counters.deallocated_bytes += length
-        elif opcode == FLUSH:
-            counters.flushes += 1
-
-    def count_pages(self, offset: int, length: int) -> None:
-        """The PRP entries of an I/O; `Namespace.execute` counts the usual ones itself."""
-        entries = prp_entries(offset % PAGE_BYTES, length)
-        self.counters.prp_entries += entries
-        self.counters.prp_list_pages += prp_list_pages(entries)
+        self.counters.count(command)
 
     def way_to_clear(self, command: Command) -> Clearing:
         """How WRITE_ZEROES or a deallocation makes its range zero."""

@@ -23,22 +23,18 @@ Between two awaits everything here is atomic, since all of it runs on one event 
 """
 
 import contextlib
-import errno
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import trio
 
+from pmblk.block_device import NONE, BlockDevice
 from pmblk.dispatcher import Dispatcher
 from pmblk.errors import PmblkError
 from pmblk.media import Media
 from pmblk.media.allocation import HOLE
-from pmblk.nvme.command import (
-    FLUSH,
-    READ,
-    WRITE,
-    Command,
-)
+from pmblk.nvme.command import READ, WRITE, Command
 from pmblk.nvme.data_pointer import prp_list_pages
+from pmblk.nvme.status import fault_of
 from pmblk.pages import PAGE_BYTES, PAGE_SHIFT, span
 from pmblk.representations.base import Lease, Representation
 from pmblk.waiting import Completer
@@ -48,12 +44,14 @@ QUIESCE_SECONDS = 3  # less than the patience with a slow reader: a switch alone
 # What to do about failed media: they serve nothing more, whatever becomes of the file.
 RESTORE = "stop the daemon, restore the file, check what is on it, and start again"
 
-_NONE: tuple[Command, ...] = ()
 _EVERYTHING = 1 << 63  # a range longer than any namespace will be
 
 
-class Namespace:
-    """`lba_bytes` is the reported block size; any byte range may be read and written."""
+class Namespace(BlockDevice):
+    """A namespace in memory."""
+
+    remedy = RESTORE
+    size = 0  # an attribute, since the path of every I/O asks for it
 
     def __init__(
         self, name: str, media: Media, representation: Representation, *, lba_bytes: int
@@ -75,13 +73,23 @@ class Namespace:
         return self._dispatcher.representation
 
     @property
+    def description(self) -> str:
+        return f"persistent memory as {self.representation.kind}"
+
+    @property
+    def durability(self) -> tuple[str, str]:
+        return self.media.durability.level, self.media.durability.reason
+
+    def allocated_bytes(self) -> int:
+        return self.media.allocated_bytes()
+
+    @property
     def starved(self) -> int:
         """How many commands, or changes, wait for a lease to be released."""
         return self._completer.starved
 
     @property
     def starved_since(self) -> float:
-        """Trio's clock when the first of them began to wait."""
         return self._completer.starved_since
 
     def install(self, representation: Representation) -> None:
@@ -92,11 +100,6 @@ class Namespace:
     # ---- the path of every I/O: no await
 
     def execute(self, commands: Sequence[Command]) -> Sequence[Command]:
-        """Set `status` (and what was read) of every command that needs no waiting; return the rest.
-
-        A command that arrives with a status keeps it: its front end has judged it already. Read
-        segments stay valid until the command is given to `release`.
-        """
         waiting: list[Command] = []
         dispatcher = self._dispatcher
         representation = dispatcher.representation
@@ -153,7 +156,7 @@ class Namespace:
                 waiting.append(command)
         if self.health.fault is not None:
             self._fail(commands)
-            return _NONE
+            return NONE
         counters = dispatcher.counters
         if reads:
             counters.reads += reads
@@ -164,14 +167,14 @@ class Namespace:
         counters.prp_entries += prp_entries
         if list_pages:
             counters.prp_list_pages += list_pages
-        return self._own_payloads(waiting) if waiting else _NONE
+        return self._own_payloads(waiting) if waiting else NONE
 
     def _fail(self, commands: Sequence[Command]) -> None:
         """The media have failed under these commands, or before: all that succeeded did not."""
         for command in commands:
             command.segments = command.extents = None
             if not command.status:
-                self._dispatcher.fail(command, self._dispatcher.fault_of(command.opcode))
+                self._dispatcher.fail(command, fault_of(command.opcode))
         self.release(commands)
 
     def _own_payloads(self, waiting: list[Command]) -> list[Command]:
@@ -183,7 +186,6 @@ class Namespace:
         return waiting
 
     def release(self, commands: Iterable[Command]) -> None:
-        """The replies have left: what these commands read may be looked at until the next await."""
         leases: list[Lease] = []
         for command in commands:
             if command.leases:
@@ -193,16 +195,14 @@ class Namespace:
         if self._completer.starved:
             self._completer.released()
 
-    def window(self, command: Command) -> memoryview | None:
-        """Memory for a write's payload beyond its `received` bytes, to receive into without a copy.
+    @property
+    def has_windows(self) -> bool:
+        return self.representation.has_windows
 
-        Valid until the caller's next await. None: the bytes must go through `execute`, which also
-        knows the error if there is one.
-        """
+    def window(self, command: Command) -> memoryview | None:
         return self._dispatcher.window(command)
 
     def received(self, command: Command, length: int) -> None:
-        """The next `length` bytes of the command's payload are in its window."""
         place = command.offset + command.received
         continued = command.received > 0
         self._dispatcher.representation.stored(place, length, continued=continued)
@@ -240,15 +240,15 @@ class Namespace:
     # ---- media that fail
 
     def failure(self) -> str:
-        """What became of the media, empty while all is well; looks at no file."""
+        """Looks at no file."""
         fault = self.health.fault
         return "" if fault is None else fault.reason(self.media.path)
 
     def examine(self, views: Iterable[memoryview] = ()) -> bool:
-        """Whether the media have failed, with a look at the length of their file.
+        """With a look at the length of the media's file.
 
-        `views` are memory that a system call refused (EFAULT). A load from each of their pages
-        meets the same fault here, where it is noted.
+        A load from each page that a system call refused meets the same fault here, where it is
+        noted.
         """
         try:
             self.media.check()
@@ -261,11 +261,7 @@ class Namespace:
     # ---- the commands that wait, and changes of the namespace itself
 
     async def complete(self, commands: Sequence[Command]) -> Sequence[Command]:
-        """Finish one or more of what `execute` returned, in order; return those that still wait.
-
-        The finished ones have their status. Send them, `release` them, and come again with the
-        rest. All syncs that are wanted become one.
-        """
+        """All syncs that are wanted become one."""
         rest = await self._completer.complete(commands)
         if self.health.fault is not None:
             self._fail(commands[: len(commands) - len(rest)])
@@ -304,10 +300,24 @@ class Namespace:
                 ) from error
             yield
 
-    async def flush(self) -> None:
-        """All that was completed is durable when this returns. Raises OSError."""
-        flush = Command(FLUSH, 0, 0, 0)
-        await self.complete(self.execute((flush,)))
-        if flush.status:
-            reason = self.failure() or "the flush failed"
-            raise OSError(errno.EIO, f"namespace {self.name}: {reason}")
+    def close(self) -> None:
+        """Unmap and unlock."""
+        if not self.representation.leases:
+            self.representation.close()
+        self.media.close()
+
+
+def in_memory(device: BlockDevice) -> Namespace | None:
+    """The device itself where it lies in memory; None for an array."""
+    return device if isinstance(device, Namespace) else None
+
+
+def memory_of(device: BlockDevice, wanted: str) -> Namespace:
+    """The device itself where it lies in memory. Raises PmblkError: an array has no `wanted`."""
+    namespace = in_memory(device)
+    if namespace is None:
+        raise PmblkError(
+            f"{device.name} is an array: it has no {wanted}",
+            hint="only a namespace whose file is mapped has; see pmblk raid for arrays",
+        )
+    return namespace

@@ -11,6 +11,7 @@ import trio
 
 from pmblk import Namespace, PmblkError, description, saving
 from pmblk.media.target import Target, open_target
+from pmblk.namespace import in_memory, memory_of
 from pmblk.pages import PAGE_BYTES, span
 from pmblkd import loop, report_of, switches
 from pmblkd.config import parse_representation
@@ -48,7 +49,10 @@ class Answers:
         }
 
     async def _stats(self, question: NamespaceQuestion) -> StatsReport:
-        namespace = self._find(question.name)
+        device = self._registry.named(question.name).namespace
+        namespace = in_memory(device)
+        if namespace is None:
+            return report_of.array_stats(device)
         representation = namespace.representation
         costs = representation.costs()  # before the thread: afterwards another one may serve
         resident = await trio.to_thread.run_sync(representation.resident_bytes)
@@ -66,6 +70,7 @@ class Answers:
         except RepresentationError as error:
             place = f"{question.kind}.{error.option}: " if error.option else ""
             raise PmblkError(f"{place}{error.message}", hint=error.hint) from None
+        self._find(question.name, "representation to switch")
         served = self._registry.named(question.name)
         with served.used():
             try:
@@ -74,7 +79,7 @@ class Answers:
                 raise WorkFailed(error.message, hint=error.hint) from error
 
     async def _describe(self, question: RangeQuestion) -> DescriptionReport:
-        namespace = self._find(question.name)
+        namespace = self._find(question.name, "memory to describe")
         if question.length > DESCRIBE_BYTES_MAX:
             raise PmblkError(
                 f"{question.length} bytes are more than one I/O",
@@ -84,7 +89,7 @@ class Answers:
         return report_of.description(namespace, found)
 
     async def _poison(self, question: RangeQuestion) -> PoisonReport:
-        namespace = self._find(question.name)
+        namespace = self._find(question.name, "memory that could fail")
         namespace.poison(question.offset, question.length)
         first, count = span(question.offset, question.length)
         end = min((first + count) * PAGE_BYTES, namespace.size)
@@ -92,7 +97,8 @@ class Answers:
         return PoisonReport(name=namespace.name, offset=offset, length=end - offset)
 
     async def _save(self, question: SaveQuestion) -> SaveReport:
-        with self._registry.named(question.name).used() as namespace:
+        with self._registry.named(question.name).used() as device:
+            namespace = memory_of(device, "memory to save from")
             # In a thread: the target may lie on our own mount, which this loop serves.
             opened = partial(open_target, needed_bytes=namespace.size)
             target = await trio.to_thread.run_sync(
@@ -117,5 +123,6 @@ class Answers:
                 f"{target.path} is served by this very daemon", hint="choose another target"
             )
 
-    def _find(self, name: str) -> Namespace:
-        return self._registry.named(name).namespace
+    def _find(self, name: str, wanted: str) -> Namespace:
+        """Raises PmblkError for a namespace that has no such thing, being an array."""
+        return memory_of(self._registry.named(name).namespace, wanted)

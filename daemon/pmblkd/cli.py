@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,12 @@ from cyclopts import Parameter
 
 from pmblk import PmblkError
 from pmblk.representations import KINDS
-from pmblk.units import parse_size
 from pmblkd import (
     __version__,
     control,
     log,
     preflight,
+    raid_commands,
     views,
 )
 from pmblkd import (
@@ -32,6 +31,17 @@ from pmblkd import (
 from pmblkd import (
     detach as detaching,
 )
+from pmblkd.command_line import (
+    CHANGE_SECONDS,
+    DEFAULT_SOCKET,
+    AsJson,
+    Name,
+    Socket,
+    columns,
+    print_answer,
+    see,
+    size_of,
+)
 from pmblkd.errors import WorkFailed, did_you_mean, only_ours
 from pmblkd.reports import (
     AttachReport,
@@ -40,7 +50,6 @@ from pmblkd.reports import (
     NamespaceReport,
     PoisonReport,
     ReloadReport,
-    Report,
     SaveReport,
     StatsReport,
     SwitchReport,
@@ -64,14 +73,6 @@ Overrides = Annotated[
         " namespace.ns1.size=2GiB; may be repeated.",
     ),
 ]
-Socket = Annotated[Path, Parameter(help="The daemon's control socket.", env_var="PMBLK_SOCKET")]
-AsJson = Annotated[
-    bool,
-    Parameter(
-        name="--json", negative="", show_default=False, help="Print JSON, which programs can read."
-    ),
-]
-Name = Annotated[str, Parameter(help="The namespace, by its name in the config.")]
 Kind = Annotated[str, Parameter(help=f"How to describe the memory of an I/O: {', '.join(KINDS)}.")]
 Offset = Annotated[
     str, Parameter(help="Where the range begins: a number of bytes, or of KiB, MiB, GiB, TiB.")
@@ -79,9 +80,7 @@ Offset = Annotated[
 Length = Annotated[
     str, Parameter(help="How long the range is: a number of bytes, or of KiB, MiB, GiB, TiB.")
 ]
-CHANGE_SECONDS = 300  # a large page table takes its time
 SAVE_SECONDS = 24 * 3600
-DEFAULT_SOCKET = Path(configuration.ControlConfig().socket)
 
 
 @app.command
@@ -106,14 +105,14 @@ def check(config: ConfigFile, /, *, overrides: Overrides = None) -> None:
 def list_(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """List the namespaces of the running daemon, how durable each is, and why."""
     namespaces = control.ask(socket, "list", list[NamespaceReport])
-    _print(namespaces, views.namespaces(namespaces, columns=_columns()), json=json)
+    print_answer(namespaces, views.namespaces(namespaces, columns=columns()), json=json)
 
 
 @app.command
 def stats(name: Name, /, *, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """Show what a namespace did since it was opened, and what its representation cost."""
     report = control.ask(socket, "stats", StatsReport, name=name)
-    _print(report, views.stats(report), json=json)
+    print_answer(report, views.stats(report), json=json)
 
 
 @app.command
@@ -144,7 +143,7 @@ def switch(
         kind=kind,
         options=_options(option or ()),
     )
-    _print(report, views.switched(report), json=json)
+    print_answer(report, views.switched(report), json=json)
 
 
 @app.command
@@ -155,7 +154,7 @@ def reload(*, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     the reason, and what was served before still is.
     """
     report = control.ask(socket, "reload", ReloadReport, seconds=CHANGE_SECONDS)
-    _print(report, views.reloaded(report), json=json)
+    print_answer(report, views.reloaded(report), json=json)
     if report.refused:
         sys.exit(1)
 
@@ -171,9 +170,9 @@ def describe(
     json: AsJson = False,
 ) -> None:
     """Show how an I/O would be described: memory, PRP entries, SGL descriptors, as bytes."""
-    where = {"offset": _size("--offset", offset), "length": _length(length)}
+    where = {"offset": size_of("--offset", offset), "length": _length(length)}
     report = control.ask(socket, "describe", DescriptionReport, name=name, **where)
-    _print(report, views.description(report), json=json)
+    print_answer(report, views.description(report), json=json)
 
 
 @app.command
@@ -190,9 +189,9 @@ def poison(
 
     Whole pages of 4 KiB go bad. Each is bad until it is written, zeroed or discarded as a whole.
     """
-    where = {"offset": _size("--offset", offset), "length": _length(length)}
+    where = {"offset": size_of("--offset", offset), "length": _length(length)}
     report = control.ask(socket, "poison", PoisonReport, name=name, **where)
-    _print(report, views.poisoned(report), json=json)
+    print_answer(report, views.poisoned(report), json=json)
 
 
 @app.command
@@ -211,7 +210,7 @@ def save(
     report = control.ask(
         socket, "save", SaveReport, seconds=SAVE_SECONDS, name=name, target=str(target.absolute())
     )
-    _print(report, views.saved(report), json=json)
+    print_answer(report, views.saved(report), json=json)
 
 
 @app.command
@@ -232,7 +231,7 @@ def attach(
     """Make a namespace a block device of this machine; print the device."""
     device = attaching.attach(_find(name, socket), via=via)
     report = AttachReport(name=name, device=str(device))
-    _print(report, report.device, json=json)
+    print_answer(report, report.device, json=json)
 
 
 @app.command(
@@ -279,19 +278,19 @@ def detach(
     if all_:
         if name is not None or ((force or overrides) and config is None):
             problem = "--all takes no NAME; --force and --set take --config"
-            raise PmblkError(problem, hint=_see("detach"))
+            raise PmblkError(problem, hint=see("detach"))
         if config is None:
             place = detaching.place_of_daemon(socket)
         else:
             place = detaching.place_of_config(configuration.load(config, overrides or ()))
         everything = detaching.detach_all(place, force=force)
-        _print(everything, views.all_detached(everything), json=json)
+        print_answer(everything, views.all_detached(everything), json=json)
         sys.exit(1 if everything.refused else 0)
     if name is None or config or overrides or force:
-        raise PmblkError("detach takes a NAME, or --all and its options", hint=_see("detach"))
+        raise PmblkError("detach takes a NAME, or --all and its options", hint=see("detach"))
     devices = detaching.detach(_find(name, socket))
     report = DetachReport(name=name, devices=[str(device) for device in devices])
-    _print(report, views.detached(report), json=json)
+    print_answer(report, views.detached(report), json=json)
 
 
 @app.command(
@@ -371,8 +370,11 @@ def compare(
             )
         sys.exit(command.redraw(from_, output))
     if config is None:
-        raise PmblkError("compare: no config to take a namespace from", hint=_see("compare"))
+        raise PmblkError("compare: no config to take a namespace from", hint=see("compare"))
     sys.exit(command.compare(configuration.load(config, overrides or ()), wishes))
+
+
+app.command(raid_commands.app)
 
 
 @app.command
@@ -403,36 +405,19 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _size(option: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise PmblkError(f"{option}: {error}") from None
-
-
 def _length(text: str) -> int:
-    length = _size("--length", text)
+    length = size_of("--length", text)
     if not length:
         raise PmblkError("--length: 0 bytes are no range", hint="at least 1")
     return length
 
 
-def _print(report: Report | Sequence[Report], view: str, *, json: bool) -> None:
-    if json:
-        view = msgspec.json.format(msgspec.json.encode(report)).decode()
-    print(view)
-
-
-def _see(*command: str) -> str:
-    return f"see {' '.join(['pmblk', *command])} --help"
-
-
-def _commands() -> list[str]:
-    return [name for name in app if not name.startswith("-")]
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size().columns
+def _commands(chain: Sequence[str]) -> list[str]:
+    """Those of the command that `chain` leads to."""
+    group = app
+    for name in chain:
+        group = group[name]
+    return [name for name in group if not name.startswith("-")]
 
 
 def main() -> None:
@@ -450,9 +435,10 @@ def main() -> None:
         _fail(f"cannot write the answer: {error.strerror}", 1)
     except cyclopts.UnknownCommandError as error:
         word, *_ = error.unused_tokens or [""]
-        _fail(f"no command {word}; {did_you_mean(word, _commands())}", 2)
+        known = _commands(error.command_chain or ())
+        _fail(f"no command {word}; {did_you_mean(word, known)}", 2)
     except cyclopts.CycloptsError as error:
-        _fail(f"{str(error).rstrip().rstrip('.')}; {_see(*error.command_chain or ())}", 2)
+        _fail(f"{str(error).rstrip().rstrip('.')}; {see(*error.command_chain or ())}", 2)
     except (PmblkError, BaseExceptionGroup) as error:
         reason = only_ours(error)
         if reason is None:

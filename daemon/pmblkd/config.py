@@ -7,170 +7,67 @@ a hint; what msgspec finds is worded in `config_words`. Whether the world is as 
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from uuid import UUID
 
 import msgspec
 from msgspec.structs import replace
 
-from pmblk.media.reserve import FILE_UNIT_BYTES, reserve_bytes
-from pmblk.representations import KINDS, Representation, needs_reserve, parse_options
+from pmblk.media.reserve import FILE_UNIT_BYTES
 from pmblk.units import parse_size
 from pmblkd import config_words
+from pmblkd.config_tables import (
+    RUNTIME_DIRECTORY,
+    Config,
+    ControlConfig,
+    DaemonConfig,
+    Dax,
+    FuseConfig,
+    NamespaceConfig,
+    NbdConfig,
+    RaidConfig,
+    Table,
+    parse_representation,
+    representation_options,
+)
 from pmblkd.errors import ConfigError, RepresentationError, did_you_mean
 from pmblkd.links import without_links
-from pmblkd.listen import Address, UnixAddress, parse_address
+from pmblkd.listen import UnixAddress, parse_address
 from pmblkd.overrides import apply_override
 
-RUNTIME_DIRECTORY = Path("/run/pmblk")
+__all__ = [
+    "RUNTIME_DIRECTORY",
+    "Config",
+    "ControlConfig",
+    "DaemonConfig",
+    "Dax",
+    "FuseConfig",
+    "NamespaceConfig",
+    "NbdConfig",
+    "RaidConfig",
+    "keys_of_places",
+    "load",
+    "parse_representation",
+    "representation_options",
+]
+
 STOP_SECONDS_MAX = 3600
 SIZE_MAX = 64 << 40  # what one process can map
 REQUEST_TIMEOUT_SECONDS_MAX = 65535  # the field has 16 bits
 MOUNT_OPTIONS = ("noatime", "noexec", "ro")
 MODE = re.compile(r"0?[0-7]{3}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MEMBER_TIMEOUT_SECONDS_MAX = 3600
+# What is said of a file in memory, and has no meaning for an array.
+OF_FILES = ("path", "size", "reserve", "representation", "dax")
+NBD_SCHEMES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
 
-
-Dax = Literal["auto", "fast", "off"]
-FuseEngine = Literal["auto", "kernel", "pyfuse3"]
-
-
-class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the config file; its fields are the keys."""
-
-
-class NamespaceConfig(_Table, frozen=True):
-    """`[[namespace]]`: one device.
-
-    `reserve`: keep the last 1/64 of the file for a page table on the device, so that struct-page
-    with memmap = "device" can be switched to. The device has 63/64 of `size` then.
-    `dax`: whether clients of the FUSE file map the media themselves (`pmblkd.fuse.dax`).
-    """
-
-    name: str
-    path: str
-    size: str | int | None = None
-    lba_size: int = 4096
-    read_only: bool = False
-    reserve: bool = False
-    dax: Dax = "auto"
-    representation: str | dict[str, Any] = "extent"
-
-    @property
-    def file(self) -> Path:
-        return Path(self.path)
-
-    @property
-    def size_bytes(self) -> int | None:
-        return None if self.size is None else parse_size(self.size)
-
-    def served_bytes(self) -> int:
-        """The device's size, as far as the config and its file tell; 0 while there is none."""
-        try:
-            size = self.size_bytes or self.file.stat().st_size
-        except OSError:
-            return 0
-        return size - reserve_bytes(size) if self.with_reserve else size
-
-    @property
-    def representation_kind(self) -> str:
-        chosen = self.representation
-        return chosen if isinstance(chosen, str) else str(chosen.get("kind", ""))
-
-    @property
-    def representation_options(self) -> dict[str, Any]:
-        if isinstance(self.representation, str):
-            return {}
-        return {key: value for key, value in self.representation.items() if key != "kind"}
-
-    @property
-    def with_reserve(self) -> bool:
-        """Whether the end of the file is kept for a page table: asked for, or needed at once."""
-        return self.reserve or needs_reserve(representation_options(self))
-
-
-class NbdConfig(_Table, frozen=True):
-    """`[nbd]`: every namespace is an export of its name."""
-
-    listen: list[str]
-    default: str | None = None
-    max_connections: int = 64
-
-    @property
-    def addresses(self) -> list[Address]:
-        return [parse_address(text) for text in self.listen]
-
-
-class FuseConfig(_Table, frozen=True):
-    """`[fuse]`: every namespace is a file of its name below the mountpoint.
-
-    `owner` is a user, or user:group, by name or number; None is whoever runs the daemon.
-    """
-
-    mountpoint: str
-    engine: FuseEngine = "auto"
-    allow_other: bool = False
-    owner: str | None = None
-    mode: str = "0600"
-    options: list[str] = []
-    punch: bool = False
-    request_timeout_seconds: int = 0
-
-    @property
-    def mode_bits(self) -> int:
-        return int(self.mode, 8)
-
-
-class ControlConfig(_Table, frozen=True):
-    """`[control]`: the socket that `pmblk list` and `pmblk attach` talk to."""
-
-    socket: str = str(RUNTIME_DIRECTORY / "control.sock")
-
-
-class DaemonConfig(_Table, frozen=True):
-    """`[daemon]`: the process itself."""
-
-    stop_seconds: float = 20.0
-    busy_poll_us: int = 30
-    log_level: str = "info"
-
-
-class Config(_Table, frozen=True):
-    namespace: list[NamespaceConfig]
-    nbd: NbdConfig | None = None
-    fuse: FuseConfig | None = None
-    control: ControlConfig = ControlConfig()
-    daemon: DaemonConfig = DaemonConfig()
-
-    @property
-    def sockets(self) -> list[tuple[str, Address]]:
-        """Every address to listen on, with its key."""
-        found: list[tuple[str, Address]] = []
-        if self.nbd is not None:
-            found += [
-                (f"nbd.listen[{index}]", address)
-                for index, address in enumerate(self.nbd.addresses)
-            ]
-        return [*found, ("control.socket", UnixAddress(Path(self.control.socket)))]
-
-    @property
-    def needs_runtime_directory(self) -> bool:
-        """Whether a socket or the mountpoint lies in /run/pmblk, which the daemon makes itself."""
-        paths = [address.path for _, address in self.sockets if isinstance(address, UnixAddress)]
-        if self.fuse is not None:
-            paths.append(Path(self.fuse.mountpoint))
-        return any(path.parent == RUNTIME_DIRECTORY for path in paths)
-
-    @property
-    def default_export(self) -> str:
-        chosen = self.nbd.default if self.nbd else None
-        return chosen or self.namespace[0].name
-
-
-_TABLES: dict[str, type[_Table]] = {
+_TABLES: dict[str, type[Table]] = {
     "": Config,
     "namespace": NamespaceConfig,
+    "namespace.raid": RaidConfig,
     "nbd": NbdConfig,
     "fuse": FuseConfig,
     "control": ControlConfig,
@@ -196,6 +93,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Config:
         config = msgspec.convert(raw, Config)
     except msgspec.ValidationError as error:
         raise config_words.explain(file, raw, _TABLES, str(error)) from None
+    _check_arrays(file, raw, config)
     _check(file, config)
     if config.fuse is None:
         return config
@@ -234,10 +132,13 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
             f'"{namespace.name}" cannot be a name',
             "letters, digits, dot, dash and underscore; it is also a file's name",
         )
-    if not namespace.path.startswith("/") or "\0" in namespace.path:
-        raise wrong("path", f"{namespace.path!r} is not an absolute path", "start it with /")
     if namespace.lba_size not in (512, 4096):
         raise wrong("lba_size", f"{namespace.lba_size} is no LBA size", "choose 512 or 4096")
+    if namespace.raid is not None:
+        _check_raid(file, f"{place}.raid", namespace.raid)
+        return
+    if not namespace.path.startswith("/") or "\0" in namespace.path:
+        raise wrong("path", f"{namespace.path!r} is not an absolute path", "start it with /")
     try:
         size = namespace.size_bytes
     except ValueError as error:
@@ -262,33 +163,72 @@ def _check_namespace(file: Path, place: str, namespace: NamespaceConfig) -> None
         )
 
 
+def _check_arrays(file: Path, raw: dict[str, Any], config: Config) -> None:
+    """A namespace has a file, or members: what says both ways, or neither, means nothing."""
+    for index, namespace in enumerate(config.namespace):
+        keys = raw["namespace"][index]
+        place = f"namespace[{index}]"
+        if namespace.raid is None:
+            if "path" not in keys:
+                hint = "add path = ..., or a [namespace.raid] table with members"
+                raise ConfigError(file, f"{place}.path", "missing", hint=hint)
+            continue
+        for key in OF_FILES:
+            if key in keys:
+                raise ConfigError(
+                    file,
+                    f"{place}.{key}",
+                    "the namespace is an array",
+                    hint=f"leave {key} out, or [namespace.raid]",
+                )
+
+
+def _check_raid(file: Path, place: str, raid: RaidConfig) -> None:
+    def wrong(key: str, message: str, hint: str) -> ConfigError:
+        return ConfigError(file, f"{place}.{key}", message, hint=hint)
+
+    if not raid.members:
+        raise wrong("members", "is empty", "name each member by its path or NBD URI")
+    for index, member in enumerate(raid.members):
+        if not member.startswith(("/", *NBD_SCHEMES)) or "\0" in member:
+            hint = "an absolute path, or nbd://, nbds://, nbd+unix:// or nbds+unix://"
+            raise wrong(f"members[{index}]", f"{member!r} is no place of a member", hint)
+        if member in raid.members[:index]:
+            raise wrong(f"members[{index}]", f"a second {member}", "name each member once")
+    if raid.array is not None:
+        try:
+            UUID(raid.array)
+        except ValueError:
+            hint = "pmblk raid examine shows it"
+            raise wrong("array", f"{raid.array!r} is no UUID", hint) from None
+    if not 0 < raid.member_timeout_seconds <= MEMBER_TIMEOUT_SECONDS_MAX:
+        raise wrong(
+            "member_timeout_seconds",
+            f"{raid.member_timeout_seconds:g} is out of range",
+            f"more than 0, at most {MEMBER_TIMEOUT_SECONDS_MAX}",
+        )
+    _check_pace(file, place, raid)
+
+
+def _check_pace(file: Path, place: str, raid: RaidConfig) -> None:
+    for key in ("sweep_max", "sweep_min"):
+        try:
+            parse_size(getattr(raid, key))
+        except ValueError as error:
+            hint = 'a size for each second, e.g. "200MiB"'
+            raise ConfigError(file, f"{place}.{key}", str(error), hint=hint) from None
+    if 0 < raid.sweep_max_bytes < raid.sweep_min_bytes:
+        raise ConfigError(
+            file, f"{place}.sweep_max", "is less than sweep_min", hint="0 is no limit"
+        )
+
+
 def _check_representation(file: Path, place: str, namespace: NamespaceConfig) -> None:
     try:
         representation_options(namespace)
     except RepresentationError as error:
         key = f"{place}.{error.option}" if error.option else place
         raise ConfigError(file, key, error.message, hint=error.hint) from None
-
-
-def representation_options(namespace: NamespaceConfig) -> Representation.Options:
-    """The options of the namespace's representation. Raises RepresentationError."""
-    return parse_representation(namespace.representation_kind, namespace.representation_options)
-
-
-def parse_representation(
-    kind: str, options: Mapping[str, Any], *, strict: bool = True
-) -> Representation.Options:
-    """The options as that kind's type; `strict` false takes numbers as text too.
-
-    Raises RepresentationError with what the word was meant to be.
-    """
-    if kind not in KINDS:
-        hint = did_you_mean(kind, list(KINDS))
-        raise RepresentationError("", f'"{kind}" is no representation', hint=hint)
-    try:
-        return parse_options(kind, options, strict=strict)
-    except msgspec.ValidationError as error:
-        raise config_words.explain_options(kind, options, str(error)) from None
 
 
 def _check_exports(file: Path, config: Config, names: list[str]) -> None:
@@ -354,9 +294,22 @@ def _check_fuse(file: Path, fuse: FuseConfig) -> None:
         )
 
 
+def keys_of_places(table: str, namespace: NamespaceConfig) -> list[tuple[str, str]]:
+    """Where its bytes are, each with its key."""
+    if namespace.raid is None:
+        return [(f"{table}.path", namespace.path)]
+    members = enumerate(namespace.raid.members)
+    return [(f"{table}.raid.members[{number}]", member) for number, member in members]
+
+
 def _check_paths(file: Path, config: Config) -> None:
     """One path, one thing: media, sockets and the mountpoint never share one."""
-    paths = [(f"namespace[{i}].path", one.file) for i, one in enumerate(config.namespace)]
+    paths = [
+        (key, Path(place))
+        for index, one in enumerate(config.namespace)
+        for key, place in keys_of_places(f"namespace[{index}]", one)
+        if place.startswith("/")
+    ]
     paths += [(key, one.path) for key, one in config.sockets if isinstance(one, UnixAddress)]
     if config.fuse is not None:
         paths.append(("fuse.mountpoint", Path(config.fuse.mountpoint)))

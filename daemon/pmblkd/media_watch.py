@@ -8,7 +8,6 @@ which nobody uses is looked at too: the sooner it is known, the less is written 
 import structlog
 import trio
 
-from pmblk.namespace import RESTORE
 from pmblkd.registry import Registry
 
 PERIOD_SECONDS = 1.0
@@ -28,6 +27,6 @@ async def run(registry: Registry) -> None:
                     name=served.name,
                     reason=served.namespace.failure(),
                     now="every read, write and flush of this namespace is an error",
-                    mend=RESTORE,
+                    mend=served.namespace.remedy,
                 )
         await trio.sleep(PERIOD_SECONDS)

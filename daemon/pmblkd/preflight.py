@@ -6,7 +6,8 @@ is a ConfigError at its key.
 """
 
 import os
-from collections.abc import Collection, Mapping
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from pmblk.media import syscalls
 from pmblk.media.opening import inspect
 from pmblk.representations import KINDS
 from pmblkd import leftovers, loop, mounts, rights
-from pmblkd.config import RUNTIME_DIRECTORY, Config, FuseConfig, NamespaceConfig
+from pmblkd.config import (
+    RUNTIME_DIRECTORY,
+    Config,
+    FuseConfig,
+    NamespaceConfig,
+    keys_of_places,
+)
 from pmblkd.errors import ConfigError
 from pmblkd.listen import Address, UnixAddress, check_free
 from pmblkd.mappers import MappedAs, on_mount, stays_open, who_maps_media
@@ -32,9 +39,13 @@ def check(file: Path, config: Config) -> None:
 
 
 def check_new(
-    file: Path, config: Config, *, served: Mapping[str, Path], listening: Collection[Address]
+    file: Path,
+    config: Config,
+    *,
+    served: Mapping[str, Sequence[str]],
+    listening: Collection[Address],
 ) -> None:
-    """The same for what a reload adds; `served` are the files of this daemon by namespace.
+    """The same for what a reload adds; `served` are the places of this daemon by namespace.
 
     The tables of FUSE and of the control socket are no part of it: a reload leaves them alone.
     """
@@ -43,47 +54,62 @@ def check_new(
     _check_writers(file, config, served=served)
 
 
-def _check_namespaces(file: Path, config: Config, served: Mapping[str, Path]) -> None:
-    owners = {_identity(path): name for name, path in served.items()}
+def _check_namespaces(file: Path, config: Config, served: Mapping[str, Sequence[str]]) -> None:
+    owners = {_identity(place): name for name, places in served.items() for place in places}
     names = {namespace.name for namespace in config.namespace}
     for index, namespace in enumerate(config.namespace):
         if namespace.name in served:
             continue
-        place = f"namespace[{index}]"
-        try:
-            owner = owners.setdefault(_identity(namespace.file), namespace.name)
-        except OSError as error:
-            raise ConfigError(
-                file, f"{place}.path", f"{namespace.path}: {error.strerror}", hint="mend the path"
-            ) from None
-        if owner in served and owner not in names:
-            continue  # one that leaves has it still: that is the plan's to refuse
-        if owner != namespace.name:
-            raise ConfigError(
-                file,
-                f"{place}.path",
-                f"{namespace.path} already belongs to {owner}",
-                hint="give each namespace a file of its own",
-            )
-        if config.fuse is not None and _is_served_by_us(
-            namespace.file, Path(config.fuse.mountpoint)
-        ):
-            raise ConfigError(
-                file,
-                f"{place}.path",
-                f"{namespace.path} lies on a file system of this very daemon",
-                hint="it could never be stopped; put the file elsewhere",
-            )
-        _check_media(file, place, namespace)
-        _check_mappers(file, place, namespace, config.fuse)
+        table = f"namespace[{index}]"
+        leaves = False
+        for key, place in keys_of_places(table, namespace):
+            owner = _own(file, key, place, namespace.name, owners)
+            if owner in served and owner not in names:
+                leaves = True  # one that leaves has it still: that is the plan's to refuse
+                continue
+            _check_place(file, config, key, place, owner=owner, name=namespace.name)
+        if namespace.raid is None and not leaves:
+            _check_media(file, table, namespace)
+            _check_mappers(file, table, namespace, config.fuse)
 
 
-def _is_served_by_us(path: Path, mountpoint: Path) -> bool:
-    """On our own mount, or on a loop device of a file there."""
+def _own(file: Path, key: str, place: str, name: str, owners: dict[object, str]) -> str:
+    """Whose the place is: the namespace's from now on, or somebody else's already."""
     try:
-        device = path.parent.stat().st_dev
+        return owners.setdefault(_identity(place), name)
+    except OSError as error:
+        hint = "mend the path"
+        raise ConfigError(file, key, f"{place}: {error.strerror}", hint=hint) from None
+
+
+def _check_place(
+    file: Path, config: Config, key: str, place: str, *, owner: str, name: str
+) -> None:
+    if owner != name:
+        raise ConfigError(
+            file,
+            key,
+            f"{place} already belongs to {owner}",
+            hint="give each namespace a file of its own",
+        )
+    if not place.startswith("/"):
+        return
+    if config.fuse is not None and is_served_by_us(Path(place), Path(config.fuse.mountpoint)):
+        raise ConfigError(
+            file,
+            key,
+            f"{place} lies on a file system of this very daemon",
+            hint="it could never be stopped; put the file elsewhere",
+        )
+
+
+def is_served_by_us(path: Path, mountpoint: Path) -> bool:
+    """On our own mount, or on a loop device of a file there, or such a device itself."""
+    try:
+        status = path.stat() if path.is_block_device() else path.parent.stat()
     except OSError:
         return False  # the look at the media says what is wrong
+    device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
     mount = mounts.find(mountpoint)
     if mount is not None and (os.major(device), os.minor(device)) == (0, mount.minor):
         return True
@@ -102,12 +128,20 @@ def _check_sockets(file: Path, config: Config, listening: Collection[Address]) -
             raise ConfigError(file, key, error.message, hint=error.hint) from None
 
 
-def _identity(path: Path) -> object:
-    """The same for every name of a file: symbolic links, hard links, and files to be created."""
+def _identity(place: str) -> object:
+    """The same for every name of a file: symbolic links, hard links, and files to be created.
+
+    Of a block device, for each of its nodes; a URI is what it says.
+    """
+    if not place.startswith("/"):
+        return place
+    path = Path(place)
     try:
         status = path.stat()
     except FileNotFoundError:
         return path.resolve()
+    if stat.S_ISBLK(status.st_mode):
+        return "block device", status.st_rdev
     return status.st_dev, status.st_ino
 
 
@@ -190,7 +224,7 @@ def _check_writers(file: Path, config: Config, *, served: Collection[str] = ()) 
     """What was attached to a killed daemon's file may still write to the media itself."""
     if config.fuse is None:
         return
-    new = [namespace for namespace in config.namespace if namespace.name not in served]
+    new = [one for one in config.namespace if one.name not in served and one.raid is None]
     sizes = {namespace.name: namespace.served_bytes() for namespace in new}
     try:
         leftovers.check_writers(Path(config.fuse.mountpoint), sizes)

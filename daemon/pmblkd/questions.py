@@ -37,3 +37,46 @@ class SaveQuestion(NamespaceQuestion, frozen=True):
     """`save`: all of one namespace to a file or block device; an absolute path."""
 
     target: str
+
+
+# ---- arrays; places are absolute paths or NBD URIs
+
+
+class RaidStatusQuestion(Question, frozen=True):
+    """`raid-status`: of one array, or of all."""
+
+    name: str | None = None
+
+
+class MemberQuestion(NamespaceQuestion, frozen=True):
+    """`raid-fail`, `raid-remove`, `raid-add`: about one member of an array."""
+
+    member: str
+
+
+class ReplaceQuestion(NamespaceQuestion, frozen=True):
+    """`raid-replace`: `new` takes the slot of `old`."""
+
+    old: str
+    new: str
+
+
+class ScrubQuestion(NamespaceQuestion, frozen=True):
+    """`raid-scrub`: compare, mend what differs, or end the one that runs."""
+
+    repair: bool = False
+    stop: bool = False
+
+
+class GrowQuestion(NamespaceQuestion, frozen=True):
+    """`raid-grow`: to a size (None: as much as there is room for), and over more members."""
+
+    size: int | None = None
+    add: list[str] = []
+
+
+class AssembleQuestion(NamespaceQuestion, frozen=True):
+    """`raid-assemble`: an array of the config that was stopped."""
+
+    degraded: bool = False
+    force: bool = False

@@ -18,12 +18,14 @@ from collections.abc import Iterator
 import structlog
 import trio
 
-from pmblk import Namespace, PmblkError
+from pmblk import BlockDevice, Namespace, PmblkError
 from pmblk.media import create, open_media
 from pmblk.representations import make
 from pmblkd.config import NamespaceConfig, representation_options
 from pmblkd.errors import did_you_mean
 from pmblkd.mappers import MappedAs
+
+STOP_SECONDS = 60  # more than the patience with a member
 
 _log = structlog.get_logger(__name__)
 
@@ -31,7 +33,7 @@ _log = structlog.get_logger(__name__)
 class Served:
     """A namespace in service. `config` says how it is served now; live changes replace it."""
 
-    def __init__(self, config: NamespaceConfig, namespace: Namespace, *, created: bool) -> None:
+    def __init__(self, config: NamespaceConfig, namespace: BlockDevice, *, created: bool) -> None:
         self.config = config
         self.namespace = namespace
         self.created = created  # its file, by us
@@ -43,6 +45,8 @@ class Served:
         self.draining = False
         self.closed = False
         self._unused = trio.Event()
+        self._working = trio.CancelScope()  # what an array does behind its I/O
+        self._worked: trio.Event | None = None  # when that has ended
 
     @property
     def name(self) -> str:
@@ -65,7 +69,7 @@ class Served:
             self._unused = trio.Event()
 
     @contextlib.contextmanager
-    def used(self) -> Iterator[Namespace]:
+    def used(self) -> Iterator[BlockDevice]:
         self.enter()
         try:
             yield self.namespace
@@ -83,14 +87,32 @@ class Served:
             if not self.closed:
                 await self.namespace.flush()
 
+    async def run(self) -> None:
+        """The work behind the I/O, until `stop`. A defect in it ends nothing else."""
+        if self._working.cancel_called:
+            return
+        self._worked = trio.Event()
+        try:
+            with self._working:
+                await self.namespace.run()
+        except Exception:
+            _log.exception("the work behind a namespace has failed", name=self.name)
+        finally:
+            self._worked.set()
+
+    async def stop(self) -> None:
+        """The work behind it ends, and then all that takes waiting. Raises OSError."""
+        self._working.cancel()
+        if self._worked is not None:
+            await self._worked.wait()
+        await self.namespace.stop()
+
     def close(self) -> None:
-        """Unmap and unlock. Whoever was cut off may hold memory: that goes with the process."""
+        """Let everything go; `stop` came first."""
         if self.closed:
             return
         self.closed = True
-        if not self.namespace.representation.leases:
-            self.namespace.representation.close()
-        self.namespace.media.close()
+        self.namespace.close()
 
 
 def open_served(config: NamespaceConfig) -> Served:
@@ -142,13 +164,13 @@ class Registry:
         assert all(served.name != other.name for other in self)
         served.number = next(self._numbers)
         self._all[served.number] = served
-        media = served.namespace.media
+        level, reason = served.namespace.durability
         _log.info(
             "namespace open",
             name=served.name,
             size=served.namespace.size,
-            durability=media.durability.level,
-            because=media.durability.reason,
+            durability=level,
+            because=reason,
         )
 
     # ---- finding
@@ -174,9 +196,25 @@ class Registry:
         assert served.draining
         assert not served.users
         try:
-            await served.flush()
+            try:
+                await served.flush()
+            finally:
+                await served.stop()
         finally:
             self._close(served)
+
+    async def stop_all(self) -> None:
+        """Before `close_all` and `abandon`, with a deadline: what takes waiting, whatever fails."""
+        for served in self:
+            with trio.CancelScope(
+                shield=True, deadline=trio.current_time() + STOP_SECONDS
+            ) as limit:
+                try:
+                    await served.stop()
+                except OSError as error:
+                    _log.error("not stopped cleanly", name=served.name, reason=error.strerror)
+            if limit.cancelled_caught:
+                _log.error("not stopped in time", name=served.name)
 
     def close_all(self) -> None:
         """The daemon ends; what can be flushed has been."""

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from pmblk.representations import needs_reserve
-from pmblkd.config import Config, DaemonConfig, NamespaceConfig, representation_options
+from pmblkd.config import (
+    Config,
+    DaemonConfig,
+    NamespaceConfig,
+    keys_of_places,
+    representation_options,
+)
 from pmblkd.reports import Refusal
 
 RESTART = "needs a restart"
@@ -67,17 +73,19 @@ def _new_ones(
     """What can be added, and what cannot because the one before has not gone yet."""
     add: list[NamespaceConfig] = []
     refused: list[Refusal] = []
-    owners = {namespace.path: name for name, namespace in leaving.items()}
+    owners = {place: name for name, one in leaving.items() for place in one.places}
     for name, namespace in wanted.items():
         if name in served:
             continue
-        owner = owners.get(namespace.path)
+        held = [(key, place) for key, place in keys_of_places("", namespace) if place in owners]
         if name in leaving:
             reason = "it is still draining; reload again when its last user has left"
             refused.append(Refusal(key=f"namespace.{name}", reason=reason))
-        elif owner is not None:
-            reason = f"{owner} still has the file; reload again when it is gone"
-            refused.append(Refusal(key=f"namespace.{name}.path", reason=reason))
+        elif held:
+            key, place = held[0]
+            what = "the file" if namespace.raid is None else place
+            reason = f"{owners[place]} still has {what}; reload again when it is gone"
+            refused.append(Refusal(key=f"namespace.{name}{key}", reason=reason))
         else:
             add.append(namespace)
     return add, refused
@@ -92,7 +100,13 @@ def _fixed(before: NamespaceConfig, after: NamespaceConfig) -> Iterator[Refusal]
     for key in ("path", "lba_size", "read_only"):
         if getattr(before, key) != getattr(after, key):
             yield refusal(key)
-    if before.path != after.path:
+    if before.raid is None or after.raid is None:
+        if before.raid != after.raid:
+            yield refusal("raid")
+    else:
+        for key in _different(before.raid, after.raid):
+            yield refusal(f"raid.{key}")
+    if before.places != after.places:
         return  # size and reserve are another file's
     if (after.reserve and not before.reserve) or (before.reserve and not after.with_reserve):
         yield refusal("reserve")
@@ -111,7 +125,7 @@ def _switches(before: NamespaceConfig, after: NamespaceConfig) -> bool:
 
 
 def _grows(before: NamespaceConfig, after: NamespaceConfig) -> bool:
-    return before.path == after.path and _bytes(after, before) > _bytes(before, before)
+    return before.places == after.places and _bytes(after, before) > _bytes(before, before)
 
 
 def _bytes(namespace: NamespaceConfig, served: NamespaceConfig) -> int:

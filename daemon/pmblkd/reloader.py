@@ -16,13 +16,16 @@ import structlog
 import trio
 
 from pmblk import PmblkError, switching
+from pmblk.namespace import in_memory, memory_of
 from pmblkd import config, log, preflight, report_of, switches
+from pmblkd.arrays import open_namespace
 from pmblkd.config import Config, NamespaceConfig
+from pmblkd.errors import WorkFailed, did_you_mean
 from pmblkd.fuse.engine import Engine
 from pmblkd.fuse.files import inode_of
 from pmblkd.fuse.passthrough import cut_excess
 from pmblkd.nbd.server import NbdServer
-from pmblkd.registry import Registry, Served, open_served
+from pmblkd.registry import Registry, Served
 from pmblkd.reload_plan import Plan, plan
 from pmblkd.reports import Refusal, ReloadReport, SwitchReport
 from pmblkd.spin import Spinner
@@ -66,10 +69,10 @@ class Reloader:
             new = await trio.to_thread.run_sync(
                 config.load, self._file, self._overrides, abandon_on_cancel=True
             )
-            files = {served.name: served.config.file for served in self._registry}
+            places = {served.name: served.config.places for served in self._registry}
             listening = self._nbd.addresses if self._nbd is not None else []
             await trio.to_thread.run_sync(
-                lambda: preflight.check_new(self._file, new, served=files, listening=listening)
+                lambda: preflight.check_new(self._file, new, served=places, listening=listening)
             )
             steps = plan(self._served(), new, draining=leaving)
             return await self._carry_out(steps, new, nursery)
@@ -85,7 +88,7 @@ class Reloader:
         changed = self._change(steps.changed, new, refused)
         grown = await self._grow(steps.grow, refused)
         switched = await self._switch(steps.switch, refused)
-        added = await self._add(steps.add, refused)
+        added = await self._add(steps.add, nursery, refused)
         return ReloadReport(
             added=added,
             removed=removed,
@@ -132,6 +135,47 @@ class Reloader:
             _log.error("namespace closed, not flushed in time", name=served.name)
         else:
             _log.info("namespace closed", name=served.name)
+
+    # ---- arrays that are stopped, and served again
+
+    async def take_away(self, served: Served, nursery: trio.Nursery) -> None:
+        """Out of service, as if it had left the config, until a reload or `bring_back`."""
+        async with self._one_at_a_time:
+            await self._remove([served.name], nursery)
+
+    async def bring_back(
+        self, name: str, nursery: trio.Nursery, *, degraded: bool, force: bool
+    ) -> Served:
+        """An array of the config that is not served. Raises PmblkError."""
+        async with self._one_at_a_time:
+            new = await trio.to_thread.run_sync(
+                config.load, self._file, self._overrides, abandon_on_cancel=True
+            )
+            one = self._stopped(name, new)
+            alone = msgspec.structs.replace(new, namespace=[one], nbd=None)
+            places = {served.name: served.config.places for served in self._registry}
+            await trio.to_thread.run_sync(
+                lambda: preflight.check_new(self._file, alone, served=places, listening=())
+            )
+            try:
+                served = await open_namespace(one, degraded=degraded, force=force)
+            except PmblkError as error:
+                raise WorkFailed(error.message, hint=error.hint) from error
+            self._registry.add(served)
+            nursery.start_soon(served.run)
+            return served
+
+    def _stopped(self, name: str, new: Config) -> NamespaceConfig:
+        """What the config says of it. Raises PmblkError for one that is served, or no array."""
+        arrays = {one.name: one for one in new.namespace if one.raid is not None}
+        if name not in arrays:
+            hint = did_you_mean(name, list(arrays)) or "add a [namespace.raid] table, and reload"
+            raise PmblkError(f"the config has no array {name}", hint=hint)
+        for served in self._registry:
+            if served.name == name:
+                how = "still draining" if served.draining else "served already"
+                raise PmblkError(f"{name} is {how}", hint="see pmblk list")
+        return arrays[name]
 
     # ---- settings
 
@@ -190,7 +234,7 @@ class Reloader:
             assert size is not None
             try:
                 _forget_excess(served)
-                await switching.resize(served.namespace, size)
+                await switching.resize(memory_of(served.namespace, "file to grow"), size)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}.size", reason=str(error)))
                 continue
@@ -214,16 +258,20 @@ class Reloader:
         return switched
 
     async def _add(
-        self, namespaces: Sequence[NamespaceConfig], refused: list[Refusal]
+        self,
+        namespaces: Sequence[NamespaceConfig],
+        nursery: trio.Nursery,
+        refused: list[Refusal],
     ) -> list[str]:
         added = []
         for one in namespaces:
             try:
-                served = await trio.to_thread.run_sync(open_served, one)
+                served = await open_namespace(one)
             except PmblkError as error:
                 refused.append(Refusal(key=f"namespace.{one.name}", reason=str(error)))
                 continue
             self._registry.add(served)
+            nursery.start_soon(served.run)
             added.append(one.name)
         return added
 
@@ -233,13 +281,16 @@ def _forget_excess(served: Served) -> None:
     try:
         cut_excess(served)
     except OSError as error:
-        raise PmblkError(f"cannot cut {served.namespace.media.path}: {error.strerror}") from error
+        raise PmblkError(f"cannot cut {served.config.path}: {error.strerror}") from error
 
 
 def _as_served(served: Served) -> NamespaceConfig:
     """Its config with what may have changed since, taken from the namespace itself."""
-    media = served.namespace.media
-    serving = report_of.representation(served.namespace.representation)
+    namespace = in_memory(served.namespace)
+    if namespace is None:
+        return served.config
+    media = namespace.media
+    serving = report_of.representation(namespace.representation)
     return msgspec.structs.replace(
         served.config,
         size=media.file_bytes,

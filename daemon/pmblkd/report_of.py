@@ -8,17 +8,21 @@ from pathlib import Path
 
 import msgspec
 
-from pmblk import Namespace
+from pmblk import BlockDevice, Namespace
 from pmblk.description import LIST_ADDRESS, Description
+from pmblk.namespace import in_memory
 from pmblk.nvme import data_pointer
 from pmblk.nvme.data_pointer import PrpList, Sgl
+from pmblk.raid.status import ArrayStatus
 from pmblk.representations import Representation
 from pmblk.switching import Switched
+from pmblk.volume import array_of, running_of
 from pmblkd.config import Config
 from pmblkd.fuse.engine import Engine
 from pmblkd.listen import Address, UnixAddress
 from pmblkd.registry import Served
 from pmblkd.reports import (
+    ArrayReport,
     DescriptionReport,
     FuseReport,
     NamespaceReport,
@@ -26,31 +30,52 @@ from pmblkd.reports import (
     RepresentationReport,
     Run,
     SglReport,
+    StatsReport,
     SwitchReport,
 )
 
 
 def namespace(served: Served, config: Config, fuse: Engine | None) -> NamespaceReport:
     """`config` is the one in force; `fuse` None where nothing is mounted."""
-    namespace, media = served.namespace, served.namespace.media
+    namespace = served.namespace
+    memory = in_memory(namespace)
+    level, reason = namespace.durability
     addresses = config.nbd.addresses if config.nbd is not None else []
     return NamespaceReport(
         name=served.name,
-        path=str(media.path),
+        path="" if memory is None else str(memory.media.path),
         size_bytes=namespace.size,
-        allocated_bytes=media.allocated_bytes(),
+        allocated_bytes=namespace.allocated_bytes(),
         lba_bytes=namespace.lba_bytes,
         read_only=namespace.read_only,
-        reserve_bytes=media.reserve_bytes,
-        representation=representation(namespace.representation),
-        durability=media.durability.level,
-        durability_reason=media.durability.reason,
-        punches_holes=media.punches,
+        reserve_bytes=0 if memory is None else memory.media.reserve_bytes,
+        representation=None if memory is None else representation(memory.representation),
+        durability=level,
+        durability_reason=reason,
+        punches_holes=memory is None or memory.media.punches,
         nbd=[uri(address, served.name) for address in addresses],
         fuse=_fuse_report(served, config, fuse),
         users=served.users,
         draining=served.draining,
         failure=namespace.failure() or None,
+        array=array(namespace),
+    )
+
+
+def array(device: BlockDevice) -> ArrayReport | None:
+    """None for a namespace in memory."""
+    running = array_of(device)
+    return None if running is None else _array(running.status())
+
+
+def _array(status: ArrayStatus) -> ArrayReport:
+    slots = [member for member in status.members if member.slot is not None]
+    return ArrayReport(
+        level=status.level,
+        layout=status.layout,
+        members=len(slots),
+        absent=sum(member.state != "active" for member in slots),
+        state=status.state,
     )
 
 
@@ -79,6 +104,20 @@ def uri(address: Address, name: str) -> str:
 def representation(representation: Representation) -> RepresentationReport:
     options = msgspec.to_builtins(representation.options)
     return RepresentationReport(kind=representation.kind, options=options)
+
+
+def array_stats(device: BlockDevice) -> StatsReport:
+    """What an array did, and what that was for its members."""
+    status = running_of(device).status()
+    return StatsReport(
+        name=device.name,
+        representation=None,
+        namespace_counters=device.counters,
+        representation_counters=None,
+        array=_array(status),
+        member_read_bytes=status.member_read_bytes,
+        member_write_bytes=status.member_write_bytes,
+    )
 
 
 def switch(namespace: Namespace, before: RepresentationReport, switched: Switched) -> SwitchReport:

@@ -37,9 +37,23 @@ class FuseReport(Report, frozen=True):
     dax_reason: str
 
 
+class ArrayReport(Report, frozen=True):
+    """What `pmblk list` says of an array; `pmblk raid status` says the rest.
+
+    `state` is clean, active, degraded or failed; `absent` counts slots with no member to read from.
+    """
+
+    level: int
+    layout: str
+    members: int
+    absent: int
+    state: str
+
+
 class NamespaceReport(Report, frozen=True):
     """One namespace, as `pmblk list` shows it. `nbd` are URIs.
 
+    An array has no `path` (it is empty) and no `representation`; the others have no `array`.
     `users` are NBD connections and open files; a `draining` namespace takes no new ones. `failure`
     is what became of its media; null while all is well.
     """
@@ -51,7 +65,7 @@ class NamespaceReport(Report, frozen=True):
     lba_bytes: int
     read_only: bool
     reserve_bytes: int
-    representation: RepresentationReport
+    representation: RepresentationReport | None
     durability: str
     durability_reason: str
     punches_holes: bool
@@ -60,15 +74,22 @@ class NamespaceReport(Report, frozen=True):
     users: int
     draining: bool
     failure: str | None
+    array: ArrayReport | None = None
 
 
 class StatsReport(Report, frozen=True):
-    """Counters since the namespace was opened, and since its representation took over."""
+    """Counters since the namespace was opened, and since its representation took over.
+
+    An array has what went over its members in place of a representation.
+    """
 
     name: str
-    representation: RepresentationReport
+    representation: RepresentationReport | None
     namespace_counters: Counters
-    representation_counters: RepresentationCounters
+    representation_counters: RepresentationCounters | None
+    array: ArrayReport | None = None
+    member_read_bytes: int = 0
+    member_write_bytes: int = 0
 
 
 class SwitchReport(Report, frozen=True):

@@ -12,24 +12,37 @@ everything stops and the error surfaces.
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import structlog
 import trio
 
 from pmblk import PmblkError
-from pmblkd import io_flusher, leftovers, media_watch, mounts, preflight, report_of, systemd
+from pmblk.volume import running_of
+from pmblkd import (
+    io_flusher,
+    leftovers,
+    media_watch,
+    mounts,
+    preflight,
+    raid_answers,
+    report_of,
+    systemd,
+)
 from pmblkd.answers import Answers
+from pmblkd.arrays import open_namespace
 from pmblkd.config import RUNTIME_DIRECTORY, Config
 from pmblkd.control import ControlServer, Handler
 from pmblkd.errors import WorkFailed
 from pmblkd.fuse import engine
 from pmblkd.fuse.engine import Engine
-from pmblkd.fuse.files import Files
+from pmblkd.fuse.files import Files, inode_of
 from pmblkd.nbd.server import NbdServer
-from pmblkd.questions import Question
-from pmblkd.registry import Registry, open_served
+from pmblkd.questions import AssembleQuestion, NamespaceQuestion, Question
+from pmblkd.raid_answers import RaidAnswers
+from pmblkd.raid_reports import RaidReport, StoppedReport
+from pmblkd.registry import Registry, Served
 from pmblkd.reloader import FLUSH_SECONDS, Reloader
 from pmblkd.reports import NamespaceReport, ReloadReport
 from pmblkd.rights import rights_of
@@ -64,7 +77,7 @@ class Service:
         """Until SIGTERM or SIGINT. Raises PmblkError when it cannot start or stop cleanly."""
         with trio.open_signal_receiver(*STOPS, signal.SIGHUP) as signals:
             preflight.check(self._file, self._config)
-            with self._started() as control:
+            async with self._started() as control:
                 milliseconds = round((time.monotonic() - self._born) * 1000)
                 names = [served.name for served in self._registry]
                 _log.info("ready", namespaces=names, start_ms=milliseconds)
@@ -74,6 +87,8 @@ class Service:
                     nursery.start_soon(control.run)
                     nursery.start_soon(self._heed, signals)
                     nursery.start_soon(media_watch.run, self._registry)
+                    for served in self._registry:
+                        nursery.start_soon(served.run)
                     try:
                         with self._serving:
                             await self._run_front_ends()
@@ -86,19 +101,21 @@ class Service:
 
     # ---- start
 
-    @contextlib.contextmanager
-    def _started(self) -> Iterator[ControlServer]:
+    @contextlib.asynccontextmanager
+    async def _started(self) -> AsyncIterator[ControlServer]:
         """Everything made, bound and mounted; all of it undone at the end or on failure."""
         config = self._config
-        with contextlib.ExitStack() as undo:
+        async with contextlib.AsyncExitStack() as undo:
             if config.needs_runtime_directory:
                 self._make_runtime_directory(undo)
             control = self._open_control(undo)
-            with contextlib.ExitStack() as undo_on_failure:
+            async with contextlib.AsyncExitStack() as undo_on_failure:
                 undo.callback(self._registry.close_all)
+                undo.push_async_callback(self._registry.stop_all)
                 undo_on_failure.callback(self._registry.abandon)
+                undo_on_failure.push_async_callback(self._registry.stop_all)
                 for namespace in config.namespace:
-                    self._registry.add(open_served(namespace))
+                    self._registry.add(await open_namespace(namespace))
                 if config.nbd is not None:
                     self._nbd = NbdServer(
                         self._registry,
@@ -122,13 +139,18 @@ class Service:
             )
             yield control
 
-    def _open_control(self, undo: contextlib.ExitStack) -> ControlServer:
+    def _open_control(self, undo: contextlib.AsyncExitStack) -> ControlServer:
         fuse = self._config.fuse
         mountpoint = None if fuse is None else Path(fuse.mountpoint)
         handlers = {
             "list": Handler(Question, self._list),
             "reload": Handler(Question, self._reload_asked),
+            "raid-stop": Handler(NamespaceQuestion, self._stop_array),
+            "raid-assemble": Handler(AssembleQuestion, self._assemble_array),
             **Answers(self._registry, mountpoint=mountpoint).handlers(),
+            **RaidAnswers(
+                self._registry, resized=self._forget_size, mountpoint=mountpoint
+            ).handlers(),
         }
         control = ControlServer(Path(self._config.control.socket), handlers)
         control.bind()
@@ -136,7 +158,7 @@ class Service:
         return control
 
     @staticmethod
-    def _make_runtime_directory(undo: contextlib.ExitStack) -> None:
+    def _make_runtime_directory(undo: contextlib.AsyncExitStack) -> None:
         """/run/pmblk, where the default paths point; somebody else's stays."""
         try:
             RUNTIME_DIRECTORY.mkdir(mode=0o755)
@@ -144,7 +166,7 @@ class Service:
             return  # there already, or not ours to make: then a path in it will say so
         undo.callback(_remove_empty, RUNTIME_DIRECTORY)
 
-    def _mount(self, mountpoint: Path, undo: contextlib.ExitStack) -> None:
+    def _mount(self, mountpoint: Path, undo: contextlib.AsyncExitStack) -> None:
         fuse = self._config.fuse
         assert fuse is not None
         if refusal := io_flusher.become():
@@ -283,6 +305,33 @@ class Service:
     async def _list(self, _question: Question) -> list[NamespaceReport]:
         """Those that drain too."""
         return [report_of.namespace(served, self.config, self._fuse) for served in self._registry]
+
+    # ---- arrays
+
+    async def _stop_array(self, question: NamespaceQuestion) -> StoppedReport:
+        assert self._reloader is not None
+        assert self._nursery is not None
+        served = self._registry.named(question.name)
+        running_of(served.namespace)  # others leave with the config
+        if served.draining:
+            raise PmblkError(f"{served.name} is draining already", hint="see pmblk list")
+        await self._reloader.take_away(served, self._nursery)
+        _log.info("array stopped", name=served.name, users=served.users)
+        return StoppedReport(name=served.name, users=served.users)
+
+    async def _assemble_array(self, question: AssembleQuestion) -> RaidReport:
+        assert self._reloader is not None
+        assert self._nursery is not None
+        if self._stopping:
+            raise WorkFailed("the daemon stops")
+        served = await self._reloader.bring_back(
+            question.name, self._nursery, degraded=question.degraded, force=question.force
+        )
+        return raid_answers.report_of(served)
+
+    def _forget_size(self, served: Served) -> None:
+        if self._fuse is not None:
+            self._fuse.forget_size(inode_of(served))
 
 
 def _log_report(report: ReloadReport) -> None:

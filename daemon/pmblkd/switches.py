@@ -4,6 +4,7 @@ How the representation is exchanged is `pmblk.switching`, who is kept out `pmblk
 """
 
 from pmblk import switching
+from pmblk.namespace import memory_of
 from pmblk.representations import Representation
 from pmblkd import report_of
 from pmblkd.fuse import mappings
@@ -13,7 +14,7 @@ from pmblkd.reports import SwitchReport
 
 async def switch(served: Served, kind: str, options: Representation.Options) -> SwitchReport:
     """Raises PmblkError, and then what served before serves on."""
-    namespace = served.namespace
+    namespace = memory_of(served.namespace, "representation to switch")
     before = report_of.representation(namespace.representation)
     async with mappings.kept_out(served, kind):
         switched = await switching.switch(namespace, kind, options)

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from pmblk.representations import KINDS
+from pmblk.representations import KINDS, RepresentationCounters
 from pmblk.units import format_size
 from pmblkd.reports import (
+    ArrayReport,
     DescriptionReport,
     DetachAllReport,
     DetachReport,
@@ -36,9 +37,9 @@ def namespaces(reports: Iterable[NamespaceReport], *, columns: int) -> str:
 def _namespace(report: NamespaceReport, columns: int) -> Iterator[str]:
     facts = [
         format_size(report.size_bytes),
-        f"{format_size(report.allocated_bytes)} used",
+        *([f"{format_size(report.allocated_bytes)} used"] if report.array is None else []),
         f"LBA {report.lba_bytes}",
-        representation(report.representation),
+        nature(report),
     ]
     if report.reserve_bytes:
         facts.append(f"{format_size(report.reserve_bytes)} reserve")
@@ -58,6 +59,20 @@ def _namespace(report: NamespaceReport, columns: int) -> Iterator[str]:
     for line in lines:
         wrapped = textwrap.wrap(line, columns - 4, break_long_words=False, break_on_hyphens=False)
         yield textwrap.indent("\n".join(wrapped), "    ")
+
+
+def nature(report: NamespaceReport | StatsReport) -> str:
+    """Its representation, or its level and how many of its members are whole."""
+    if report.representation is not None:
+        return representation(report.representation)
+    return "" if report.array is None else _array(report.array)
+
+
+def _array(report: ArrayReport) -> str:
+    """`RAID 5 (left-symmetric), 3 members, 1 of them not whole, degraded`."""
+    layout = f" ({report.layout})" if report.layout else ""
+    absent = f", {report.absent} of them not whole" if report.absent else ""
+    return f"RAID {report.level}{layout}, {report.members} members{absent}, {report.state}"
 
 
 def representation(report: RepresentationReport) -> str:
@@ -82,7 +97,7 @@ class _Row(msgspec.Struct, frozen=True):
 
 
 def stats(report: StatsReport) -> str:
-    did, cost = report.namespace_counters, report.representation_counters
+    did = report.namespace_counters
     io = [
         _Row("reads", did.reads, did.read_bytes, always=True),
         _Row("writes", did.writes, did.write_bytes, always=True),
@@ -94,6 +109,43 @@ def stats(report: StatsReport) -> str:
         _Row("PRP entries", did.prp_entries, note="that all of it would take"),
         _Row("PRP list pages", did.prp_list_pages),
     ]
+    groups = [("I/O", io)]
+    if report.array is not None:
+        groups.append(("members", _members(report)))
+    if report.representation_counters is not None:
+        groups += _costs(report.representation_counters)
+    lines = [f"{report.name}: {nature(report)}"]
+    for title, rows in groups:
+        lines += ["", title, *_table(rows)]
+    return "\n".join(lines)
+
+
+def _members(report: StatsReport) -> list[_Row]:
+    """What went over the members, and what that is for each byte of the clients."""
+    did = report.namespace_counters
+    return [
+        _Row(
+            "read",
+            size=report.member_read_bytes,
+            note=_times(report.member_read_bytes, did.read_bytes),
+            always=True,
+        ),
+        _Row(
+            "written",
+            size=report.member_write_bytes,
+            note=_times(report.member_write_bytes, did.write_bytes),
+            always=True,
+        ),
+    ]
+
+
+def _times(members_bytes: int, clients_bytes: int) -> str:
+    if not clients_bytes:
+        return ""
+    return f"{members_bytes / clients_bytes:.2f} times what clients did"
+
+
+def _costs(cost: RepresentationCounters) -> list[tuple[str, list[_Row]]]:
     effort = [
         _Row("copied", size=cost.bytes_copied, always=True),
         _Row("descriptors", cost.descriptors_built, cost.descriptor_bytes, always=True),
@@ -115,11 +167,7 @@ def stats(report: StatsReport) -> str:
         _Row("dirty", size=cost.dirty_bytes),
         _Row("poisoned", size=cost.poisoned_bytes),
     ]
-    groups = (("I/O", io), ("representation", effort), ("memory", memory))
-    lines = [f"{report.name}: {representation(report.representation)}"]
-    for title, rows in groups:
-        lines += ["", title, *_table(rows)]
-    return "\n".join(lines)
+    return [("representation", effort), ("memory", memory)]
 
 
 def _table(rows: Iterable[_Row]) -> Iterator[str]:

@@ -98,7 +98,7 @@ def test_a_switch_that_fails_at_work_has_another_exit_status(daemon: Daemon) -> 
     done = ask(daemon, "switch", "data", "struct-page", "--option", "memmap=device")
     assert done.returncode == 1
     assert "reserve = true" in done.stderr
-    assert daemon.stats("data").representation.kind == "extent"
+    assert daemon.kind("data") == "extent"
 
 
 def test_a_description_shows_the_bytes_that_a_controller_would_read(daemon: Daemon) -> None:

@@ -229,7 +229,7 @@ def test_the_config_brings_its_representation_back(daemon: Daemon) -> None:
         assert report.switched[0].after.kind == "pfn"
         daemon.switch("one", "page-cache", arena="1MiB")
         assert daemon.reload().switched[0].before.options == {"arena": "1MiB"}
-        assert daemon.stats("one").representation.kind == "pfn"
+        assert daemon.kind("one") == "pfn"
         assert client.read(0, 5) == b"hello"
     assert_no_complaints(daemon)
 
@@ -291,7 +291,7 @@ def test_a_representation_that_cannot_be_had_does_not_hold_up_the_others() -> No
         report = daemon.reload(huge + eager + TWO + REST)
         assert changes(report) == {"added": ["two"], "refused": ["namespace.one.representation"]}
         assert "memory" in report.refused[0].reason
-        assert daemon.stats("one").representation.kind == "extent"
+        assert daemon.kind("one") == "extent"
 
 
 # ---- exports and settings

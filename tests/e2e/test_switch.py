@@ -112,6 +112,7 @@ def assert_all_switched(daemon: Daemon, reports: Sequence[SwitchReport]) -> None
     stats = daemon.stats("data")
     assert stats.representation == reports[-1].after
     assert stats.namespace_counters.errors == 0
+    assert stats.representation_counters is not None
     assert stats.representation_counters.pins == stats.representation_counters.unpins
 
 
@@ -189,7 +190,7 @@ def test_what_cannot_take_over_leaves_the_old_one_serving(
             daemon.switch("data", kind, **options)
         assert words in str(refused.value)
         assert isinstance(refused.value, WorkFailed) == failed
-        assert daemon.stats("data").representation.kind == "extent"
+        assert daemon.kind("data") == "extent"
         assert client.read(5 << 40, 4) == b"here"
         assert_no_complaints(daemon)
 

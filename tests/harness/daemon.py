@@ -133,6 +133,12 @@ class Daemon:
     def stats(self, name: str) -> StatsReport:
         return control.ask(self.socket, "stats", StatsReport, name=name)
 
+    def kind(self, name: str) -> str:
+        """Which representation serves the namespace."""
+        representation = self.stats(name).representation
+        assert representation is not None, f"{name} is an array"
+        return representation.kind
+
     def switch(self, name: str, kind: str, **options: Any) -> SwitchReport:
         return control.ask(
             self.socket,

@@ -12,6 +12,7 @@ from hypothesis import settings
 from pmblk import Command, Namespace
 from pmblk.media import Media, create, open_media
 from pmblk.media.durability import Durability
+from pmblk.namespace import memory_of
 from pmblk.nvme.command import DATASET_MANAGEMENT, READ, WRITE, Hole
 from pmblk.representations import make, needs_reserve, parse_options
 from pmblkd.config import NamespaceConfig
@@ -110,6 +111,11 @@ def recorded(media: Media) -> RecordedDurability:
     media.durability = durability = RecordedDurability()
     media.store, media.store_only = media._choose_store(), media._store
     return durability
+
+
+def memory(served: Served) -> Namespace:
+    """The namespace, which is none of an array."""
+    return memory_of(served.namespace, "memory")
 
 
 def registered(*namespaces: Namespace) -> Registry:

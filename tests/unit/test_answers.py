@@ -10,6 +10,7 @@ from pmblk.representations import parse_options
 from pmblkd.answers import Answers
 from pmblkd.questions import NamespaceQuestion
 from pmblkd.reports import StatsReport
+from tests.unit.conftest import memory
 from tests.unit.test_registry import opened
 
 
@@ -20,13 +21,15 @@ async def test_stats_are_of_one_representation_though_another_takes_over_meanwhi
 
     def resident_bytes() -> int:
         extent = parse_options("extent")
-        trio.from_thread.run(switching.switch, served.namespace, "extent", extent)
+        trio.from_thread.run(switching.switch, memory(served), "extent", extent)
         return 4096
 
-    monkeypatch.setattr(served.namespace.representation, "resident_bytes", resident_bytes)
+    monkeypatch.setattr(memory(served).representation, "resident_bytes", resident_bytes)
     report = await Answers(registry).handlers()["stats"].answer(NamespaceQuestion(name="a"))
     assert isinstance(report, StatsReport)
+    assert report.representation is not None
     assert report.representation.kind == "struct-page"
+    assert report.representation_counters is not None
     assert report.representation_counters.metadata_resident_bytes == 4096
-    assert served.namespace.representation.kind == "extent"
+    assert memory(served).representation.kind == "extent"
     registry.close_all()

@@ -3,6 +3,7 @@
 import tomllib
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -42,7 +43,9 @@ def keys_of(table: Any) -> set[str]:
 def test_the_full_config_has_every_key() -> None:
     raw = tomllib.loads((CONFIGS / "full.toml").read_text())
     assert set(raw) == keys_of(Config)
-    assert set(raw["namespace"][0]) == keys_of(configuration.NamespaceConfig)
+    files, arrays = raw["namespace"][0], raw["namespace"][-1]
+    assert {*files, *arrays} == keys_of(configuration.NamespaceConfig)
+    assert set(arrays["raid"]) == keys_of(configuration.RaidConfig)
     for name, table in (
         ("nbd", configuration.NbdConfig),
         ("fuse", configuration.FuseConfig),
@@ -60,6 +63,11 @@ def test_the_full_config_shows_the_defaults() -> None:
     assert full.fuse is not None
     assert full.nbd.max_connections == configuration.NbdConfig(listen=[]).max_connections
     assert full.default_export == msgspec.structs.replace(full, nbd=None).default_export
+    raid = full.namespace[-1].raid
+    assert raid is not None
+    assert msgspec.structs.replace(raid, array=None) == configuration.RaidConfig(
+        members=raid.members
+    )
     assert full.fuse.allow_other == configuration.FuseConfig(mountpoint="").allow_other
 
 
@@ -227,6 +235,103 @@ def test_two_namespaces_on_one_file_are_refused_whatever_the_path_looks_like(
         file = write(tmp_path, second(path))
         with pytest.raises(ConfigError, match="already belongs to ns1"):
             preflight.check(file, load(file))
+
+
+RAID = """
+[[namespace]]
+name = "array"
+[namespace.raid]
+members = ["/dev/shm/m0", "nbd://host/m1"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "message"),
+    [
+        ('path = "/m"', "namespace[1].path", "the namespace is an array; leave path out"),
+        ('size = "1MiB"', "namespace[1].size", "leave size out, or [namespace.raid]"),
+        ("reserve = true", "namespace[1].reserve", "the namespace is an array"),
+        ('representation = "pfn"', "namespace[1].representation", "is an array"),
+        ('dax = "auto"', "namespace[1].dax", "is an array"),
+        ("members = []", "namespace[1].raid.members", "name each member by its path or NBD URI"),
+        ('members = ["m"]', "namespace[1].raid.members[0]", "'m' is no place of a member"),
+        ('members = ["/m", "/m"]', "namespace[1].raid.members[1]", "name each member once"),
+        ('member = ["/m"]', "namespace[1].raid.member", 'did you mean "members"'),
+        ('array = "7"', "namespace[1].raid.array", "is no UUID; pmblk raid examine shows it"),
+        ("member_timeout_seconds = 0", "namespace[1].raid.member_timeout_seconds", "more than 0"),
+        ('sweep_max = "1GB"', "namespace[1].raid.sweep_max", "'1GB' is not a size"),
+        ('sweep_max = "1MiB"', "namespace[1].raid.sweep_max", "less than sweep_min; 0 is no limit"),
+        ('members = ["/run/pmblk/nbd.sock"]', "nbd.listen[0]", "is namespace[1].raid.members[0]"),
+    ],
+)
+def test_what_is_wrong_with_an_array_is_said_too(
+    tmp_path: Path, line: str, key: str, message: str
+) -> None:
+    above = ("path", "size", "reserve", "representation", "dax")
+    text = GOOD + RAID
+    if line.startswith(above):
+        text = text.replace('name = "array"', f'name = "array"\n{line}')
+    elif line.startswith("member "):
+        text += line
+    elif line.startswith("members"):
+        text = text.replace('members = ["/dev/shm/m0", "nbd://host/m1"]', line)
+    else:
+        text += line
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    assert str(error.value).startswith(f"{file}: {key}: ")
+    assert message in str(error.value)
+
+
+def test_an_array_has_members_and_what_it_may_take(tmp_path: Path) -> None:
+    more = 'array = "{00000000000000000000000000000007}"\nsweep_max = "1GiB"\n'
+    array = load(write(tmp_path, GOOD + RAID + more)).namespace[1]
+    assert array.raid is not None
+    assert array.places == ["/dev/shm/m0", "nbd://host/m1"]
+    assert array.raid.uuid == UUID(int=7)
+    assert (array.raid.sweep_max_bytes, array.raid.sweep_min_bytes) == (1 << 30, 10 << 20)
+    assert array.served_bytes() == 0
+    overridden = load(
+        write(tmp_path, GOOD + RAID), ["namespace.array.raid.degraded=true"]
+    ).namespace[1]
+    assert overridden.raid is not None
+    assert overridden.raid.degraded
+
+
+def test_a_namespace_needs_a_path_or_members(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD.replace('path = "/dev/shm/ns1.img"', ""))
+    with pytest.raises(
+        ConfigError, match=r"\[0\]\.path: missing; .* or a \[namespace\.raid\] table"
+    ):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("members", "key", "message"),
+    [
+        (["{dir}/ns1.img"], "namespace[1].raid.members[0]", "already belongs to ns1"),
+        (["{dir}/a", "{dir}/link"], "namespace[2].raid.members[0]", "already belongs to array"),
+        (["nbd://host/x"], "namespace[2].raid.members[1]", "nbd://host/x already belongs to array"),
+    ],
+)
+def test_no_two_namespaces_share_a_member(
+    tmp_path: Path, members: list[str], key: str, message: str
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(4096))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    listed = ", ".join(f'"{member.format(dir=tmp_path)}"' for member in members)
+    text = GOOD.replace("/dev/shm", str(tmp_path)) + RAID.replace(
+        '"/dev/shm/m0", "nbd://host/m1"', listed
+    )
+    text += RAID.replace('"array"', '"other"').replace(
+        '"/dev/shm/m0", "nbd://host/m1"', f'"{tmp_path}/a", "nbd://host/x"'
+    )
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        preflight.check(file, load(file))
+    assert f"{key}: " in str(error.value)
+    assert message in str(error.value)
 
 
 def test_names_are_unique(tmp_path: Path) -> None:

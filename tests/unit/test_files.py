@@ -11,7 +11,7 @@ import pytest
 
 from pmblk import Namespace
 from pmblkd.fuse.files import ROOT_INODE, Files
-from tests.unit.conftest import MakeNamespace, registered
+from tests.unit.conftest import MakeNamespace, memory, registered
 
 SIZE = 1 << 20
 
@@ -120,7 +120,7 @@ async def test_every_lease_is_given_back(
 ) -> None:
     await files.write(2, 0, b"x" * 4096)
     await files.read(2, 0, 8192)
-    assert files.served(2).namespace.representation.leases == 0
+    assert memory(files.served(2)).representation.leases == 0
 
 
 def test_when_the_mount_is_gone_nobody_has_a_file_open(files: Files) -> None:

@@ -26,6 +26,7 @@ from pmblkd.fuse.files import Files
 from pmblkd.fuse.passthrough import Passthrough
 from pmblkd.fuse.session import Session, Work
 from pmblkd.registry import Registry, Served
+from tests.unit.conftest import memory
 from tests.unit.fuse_kernel import (
     BackingFiles,
     FallocateIn,
@@ -184,8 +185,8 @@ class Conversation:
             inode = served.number + 1
             assert served.users == self.opens[inode]
             assert served.dax_opens == self.dax_opens[inode]
-            assert served.namespace.representation.leases == 0
-            assert served.namespace.media.path.stat().st_size == SIZE
+            assert memory(served).representation.leases == 0
+            assert memory(served).media.path.stat().st_size == SIZE
         assert len(self.backing.open) == sum(1 for opens in self.dax_opens.values() if opens)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from pmblkd.fuse.mappings import kept_out
 from pmblkd.fuse.passthrough import Passthrough
 from pmblkd.mappers import MappedAs, on_mount, processes_that_map
 from pmblkd.registry import Served
-from tests.unit.conftest import MakeNamespace, registered
+from tests.unit.conftest import MakeNamespace, memory, registered
 from tests.unit.fuse_kernel import BackingFiles
 
 SIZE = 1 << 20
@@ -114,7 +114,7 @@ async def test_kinds_without_copies_keep_nobody_out(
 ) -> None:
     served = serve()
     backings.open(served)
-    with mapped(served.namespace.media.path):
+    with mapped(memory(served).media.path):
         async with kept_out(served, kind):
             assert backings.open(served)[0] is Way.DAX
 
@@ -152,7 +152,7 @@ async def test_a_switch_is_refused_while_a_process_maps_the_file_and_not_after(
     """Whoever it is: a client of a daemon that was killed has never opened a file of this one."""
     served = serve()
     with (
-        mapped(served.namespace.media.path) as pid,
+        mapped(memory(served).media.path) as pid,
         pytest.raises(PmblkError, match=f"process {pid} maps them"),
     ):
         async with kept_out(served, "page-cache"):
@@ -165,7 +165,7 @@ async def test_the_file_is_known_though_its_name_is_gone_or_another_s(
     serve: Callable[..., Served],
 ) -> None:
     served = serve()
-    path = served.namespace.media.path
+    path = memory(served).media.path
     with mapped(path) as pid:
         path.unlink()
         for _ in range(2):
@@ -195,7 +195,7 @@ async def test_a_client_is_found_by_the_file_of_the_mount_that_it_maps(
 
     monkeypatch.setattr(mappers, "processes_that_map", find)
     with (
-        served.namespace.media.path.open("rb"),  # as the mapping has it
+        memory(served).media.path.open("rb"),  # as the mapping has it
         pytest.raises(PmblkError, match="process 4321 maps them"),
     ):
         async with kept_out(served, "page-cache"):
@@ -219,7 +219,7 @@ async def test_a_client_whose_mapping_goes_through_the_daemon_is_in_nobody_s_way
     with mapped(other) as pid:
         async with kept_out(served, "page-cache"):
             assert served.dax_kept_out
-        monkeypatch.setattr(served.namespace.media, "is_open_elsewhere", lambda: None)
+        monkeypatch.setattr(memory(served).media, "is_open_elsewhere", lambda: None)
         with pytest.raises(PmblkError, match=f"process {pid} maps them"):
             async with kept_out(served, "page-cache"):
                 raise AssertionError("let through")

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from pmblk import Command, Namespace
+from pmblk import BlockDevice, Command, Namespace
 from pmblk.media.faults import BUS_MCEERR_AR, Fault
 from pmblkd.nbd import connection as connection_module
 from pmblkd.nbd.connection import Connection, Use
@@ -32,18 +32,18 @@ def pair() -> Iterator[tuple[socket.socket, trio.socket.SocketType]]:
     theirs.close()
 
 
-def handshake(namespace: Namespace) -> Handshake:
+def handshake(namespace: BlockDevice) -> Handshake:
     export = Export("ns", "", namespace.size, read_only=False, preferred_block=4096)
     return Handshake({"ns": export}, default="ns")
 
 
-def user_of(namespace: Namespace) -> Use:
+def user_of(namespace: BlockDevice) -> Use:
     return lambda _name: contextlib.nullcontext(namespace)
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    namespace: Namespace, sock: socket.socket, *, spinner: Spinner | None = None
+    namespace: BlockDevice, sock: socket.socket, *, spinner: Spinner | None = None
 ) -> AsyncIterator[Connection]:
     """A connection that runs; leaving waits for its end."""
     served = Connection(sock, peer="test", spinner=spinner or Spinner(0))

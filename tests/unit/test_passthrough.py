@@ -16,7 +16,7 @@ from pmblkd.fuse import passthrough
 from pmblkd.fuse.dax import Way
 from pmblkd.fuse.passthrough import Passthrough
 from pmblkd.registry import Served
-from tests.unit.conftest import LogRecord, MakeNamespace, registered
+from tests.unit.conftest import LogRecord, MakeNamespace, memory, registered
 from tests.unit.fuse_kernel import BackingFiles
 
 SIZE = 1 << 20
@@ -198,7 +198,7 @@ def test_the_kernel_gets_the_media_by_a_descriptor_of_its_own(
     served = serve()
     before = set(os.listdir("/proc/self/fd"))
     _, backing = backings.open(served)
-    assert os.path.samestat(kernel.open[backing], served.namespace.media.path.stat())
+    assert os.path.samestat(kernel.open[backing], memory(served).media.path.stat())
     assert set(os.listdir("/proc/self/fd")) == before, "ours is closed at once"
     backings.close(served)
 
@@ -252,7 +252,7 @@ def test_a_sync_covers_what_clients_stored(
     served = serve(dax)
     told: list[str] = []
     monkeypatch.setattr(
-        served.namespace.media.durability, "layout_changed", lambda: told.append("changed")
+        memory(served).media.durability, "layout_changed", lambda: told.append("changed")
     )
     backings.synced(served)
     assert told == [], "nobody has it open"
@@ -267,7 +267,7 @@ def test_a_sync_covers_what_clients_stored(
 
 def grow(served: Served, length: int) -> None:
     """A client writes past the end, which the daemon does not see."""
-    with served.namespace.media.path.open("ab") as file:
+    with memory(served).media.path.open("ab") as file:
         file.write(b"x" * length)
 
 
@@ -282,7 +282,7 @@ def test_what_a_fast_client_wrote_past_the_end_is_cut_off_with_a_warning(
     backings.synced(served) if when == "sync" else backings.close(served)
     record = logged.expect("a client wrote past the end: what it wrote there is cut off")
     assert (record["name"], record["bytes"]) == ("ns", 5000)
-    assert served.namespace.media.path.stat().st_size == SIZE
+    assert memory(served).media.path.stat().st_size == SIZE
     backings.synced(served)
     backings.close(served)
 
@@ -296,7 +296,7 @@ def test_where_the_daemon_sees_every_write_nothing_is_cut(
     grow(served, 5000)
     backings.synced(served)
     backings.close(served)
-    assert served.namespace.media.path.stat().st_size == SIZE + 5000
+    assert memory(served).media.path.stat().st_size == SIZE + 5000
 
 
 def test_a_read_only_file_is_not_ours_to_cut(
@@ -307,7 +307,7 @@ def test_a_read_only_file_is_not_ours_to_cut(
     assert backings.open(served)[0] is Way.FAST
     grow(served, 5000)
     backings.close(served)
-    assert served.namespace.media.path.stat().st_size == SIZE + 5000
+    assert memory(served).media.path.stat().st_size == SIZE + 5000
 
 
 def test_an_end_that_cannot_be_cut_keeps_no_id(
@@ -322,7 +322,7 @@ def test_an_end_that_cannot_be_cut_keeps_no_id(
     def fail() -> int:
         raise OSError(errno.EIO, "disk")
 
-    monkeypatch.setattr(served.namespace.media, "cut_excess", fail)
+    monkeypatch.setattr(memory(served).media, "cut_excess", fail)
     with pytest.raises(OSError, match="disk"):
         backings.close(served)
     assert (kernel.open, served.dax_opens) == ({}, 0)
@@ -349,7 +349,7 @@ def test_opens_end_with_their_mount_though_nobody_releases_them(
     left = 0 if dax == "fast" else 5000
     if dax == "fast":
         logged.expect("a client wrote past the end: what it wrote there is cut off")
-    assert served.namespace.media.path.stat().st_size == SIZE + left
+    assert memory(served).media.path.stat().st_size == SIZE + left
 
 
 def test_a_kernel_that_forgot_the_id_with_the_mount_does_not_keep_the_opens(

@@ -15,7 +15,7 @@ from pmblk.raid.creation import Wishes, create
 from pmblk.raid.labels import read_label
 from pmblk.raid.member import Member
 from pmblk.raid.superblock import Flag, Superblock
-from tests.unit.raid_crashes import Crashed, CrashingMember, Fuse
+from tests.unit.crashing_member import Crashed, CrashingMember, Fuse
 
 ENOUGH = 1_000_000
 MEBIBYTE = 1 << 20
@@ -110,6 +110,16 @@ async def test_members_that_cannot_be_zeroed_make_a_dirty_array_with_every_mark_
     assert found.dirty
     running = await assemble(list(machine.members), open_member=machine.open)
     assert running.status().dirty_bytes == running.size
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(running.run)
+        with trio.fail_after(20):
+            while running.superblock.resync_position < running.size:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    await running.stop()
+    found = await machine.judged()
+    assert found is not None
+    assert not found.dirty
 
 
 async def test_a_member_of_another_array_is_refused_unless_forced() -> None:

@@ -14,6 +14,7 @@ from pmblk.media import open_media
 from pmblk.nvme.command import WRITE
 from pmblkd.config import NamespaceConfig
 from pmblkd.registry import Registry, Served, open_served
+from tests.unit.conftest import memory
 
 SIZE = 1 << 20
 KINDS = [
@@ -58,7 +59,7 @@ def test_a_page_table_on_the_device_implies_the_reserve(directory: Path) -> None
     assert one.with_reserve
     assert not one.reserve
     served = open_served(one)
-    assert served.namespace.media.reserve_bytes == SIZE // 64
+    assert memory(served).media.reserve_bytes == SIZE // 64
     served.close()
 
 
@@ -163,7 +164,7 @@ async def test_what_is_closed_is_flushed_unlocked_and_can_be_opened_again(
 
 async def test_a_view_that_is_still_out_keeps_no_lock(directory: Path) -> None:
     registry, served = opened(directory)
-    view = served.namespace.media.view[:4096]
+    view = memory(served).media.view[:4096]
     served.draining = True
     await registry.close(served)
     open_media(served.config.file).close()

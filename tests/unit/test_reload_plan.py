@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmblkd.config import Config, DaemonConfig, FuseConfig, NamespaceConfig, NbdConfig
+from pmblkd.config import Config, DaemonConfig, FuseConfig, NamespaceConfig, NbdConfig, RaidConfig
 from pmblkd.reload_plan import Plan, plan
 
 UNIT = 64 * 4096
@@ -69,6 +69,49 @@ def test_each_change_of_a_namespace_is_its_step_or_its_refusal(
     changes: dict[str, Any], steps: dict[str, list[str]]
 ) -> None:
     assert actions(plan(config(), config(namespace(**changes)))) == steps
+
+
+RAID: dict[str, Any] = {"members": ["/m/0", "/m/1"]}
+
+
+def array(name: str = "array", **changes: Any) -> NamespaceConfig:
+    return NamespaceConfig(name=name, raid=RaidConfig(**{**RAID, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, {}),
+        ({"members": ["/m/0"]}, {"refused": ["namespace.array.raid.members"]}),
+        (
+            {"degraded": True, "sweep_max": "1GiB"},
+            {"refused": ["namespace.array.raid.degraded", "namespace.array.raid.sweep_max"]},
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_an_array_needs_a_restart(
+    changes: dict[str, Any], steps: dict[str, list[str]]
+) -> None:
+    old = config(namespace(), array())
+    assert actions(plan(old, config(namespace(), array(**changes)))) == steps
+
+
+def test_arrays_come_and_go_and_one_whose_member_is_still_held_waits() -> None:
+    assert actions(plan(config(), config(namespace(), array()))) == {"add": ["array"]}
+    assert actions(plan(config(namespace(), array()), config())) == {"remove": ["array"]}
+    other = array("other", members=["/m/2", "/m/1"])
+    made = plan(config(namespace(), array()), config(namespace(), other))
+    assert actions(made) == {
+        "remove": ["array"],
+        "refused": ["namespace.other.raid.members[1]"],
+    }
+    assert made.refused[0].reason == "array still has /m/1; reload again when it is gone"
+
+
+def test_a_file_that_becomes_an_array_needs_a_restart() -> None:
+    made = plan(config(namespace("a")), config(array("a")))
+    assert actions(made) == {"refused": ["namespace.a.path", "namespace.a.raid"]}
 
 
 @pytest.mark.parametrize(

@@ -82,4 +82,4 @@ class Command(msgspec.Struct, gc=False):
     segments: "Sequence[Segment] | None" = None
     extents: "list[Extent] | None" = None
     applied: bool = False  # done but for its durability (FUA), which it waits for
-    leases: Sequence[Any] = ()  # what the representation holds for `segments`
+    leases: Sequence[Any] = ()  # what is held for `segments`, or memory of a write's own

@@ -7,6 +7,8 @@ Specification 1.0. SUCCESS is 0, so `if command.status:` reads as "if it failed"
 import enum
 import errno
 
+from pmblk.nvme.command import GET_LBA_STATUS, PREFETCH, READ
+
 
 class Status(enum.IntEnum):
     SUCCESS = 0x000
@@ -28,6 +30,12 @@ _FROM_ERRNO = {
     errno.EDQUOT: Status.CAPACITY_EXCEEDED,
     errno.EFBIG: Status.CAPACITY_EXCEEDED,
 }
+
+
+def fault_of(opcode: int) -> Status:
+    """What a command fails with that its media cannot do."""
+    reading = opcode in (READ, GET_LBA_STATUS, PREFETCH)
+    return Status.UNRECOVERED_READ_ERROR if reading else Status.WRITE_FAULT
 
 
 def from_oserror(error: OSError, *, otherwise: Status) -> Status:

@@ -185,6 +185,8 @@ async def _write(
             nursery.start_soon(blank, member, superblock)
     if Flag.DIRTY in superblock.flags and await _zeroed(superblock, members):
         superblock = replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
+    if Flag.DIRTY not in superblock.flags:
+        superblock = replace(superblock, resync_position=superblock.geometry.size)
     if Flag.DIRTY in superblock.flags and superblock.bitmap_chunk_bytes:
         for member in members:
             await member.write((Request(BITMAP_OFFSET, aligned(AREA_ALL_SET)),))
@@ -206,12 +208,17 @@ async def blank(member: Member, superblock: Superblock) -> None:
     """
     await write_zeroes(member, BITMAP_OFFSET, BITMAP_BYTES)
     await write_zeroes(member, BAD_BLOCKS_OFFSET, BAD_BLOCKS_BYTES)
-    if superblock.journal_bytes:
-        await write_zeroes(member, superblock.journal_offset, superblock.journal_bytes)
+    await blank_journal(member, superblock)
     if superblock.checksums_offset:
         length = areas.checksums_bytes(superblock.geometry.member_bytes)
         await write_zeroes(member, superblock.checksums_offset, length)
     await member.flush()
+
+
+async def blank_journal(member: Member, superblock: Superblock) -> None:
+    """Nothing that was recorded once is found in it. Raises OSError."""
+    if superblock.journal_bytes:
+        await write_zeroes(member, superblock.journal_offset, superblock.journal_bytes)
 
 
 async def _zeroed(superblock: Superblock, members: Sequence[Member]) -> bool:

@@ -58,6 +58,11 @@ class Devices:
     def missing(self) -> set[int]:
         return {slot for slot, member in enumerate(self.members) if member is None}
 
+    @property
+    def degraded(self) -> bool:
+        """Whether somebody is missing, or not whole yet."""
+        return bool(self.rebuilt) or None in self.members
+
     def unreadable(self, chunk: int) -> set[int]:
         """Slots whose chunk of that number nobody can read: missing, or not rebuilt yet."""
         return self.missing | {slot for slot, end in self.rebuilt.items() if chunk >= end}

@@ -178,6 +178,8 @@ class Journaling:
             if self._void or not self._goes_on_with(there):
                 await self._renew()
                 there = self._of_those_who_are_there(writes)
+            if any(record_bytes_for(part) > self.log_bytes for part in there.values()):
+                raise OSError(errno.EOPNOTSUPP, "somebody is missing now: it is too much to record")
             self._void = True  # until all of it is durable
             self._sequence += 1
             failures = await self._devices.write(self._records(there))

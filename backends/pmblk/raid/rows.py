@@ -242,7 +242,7 @@ class Rows:
     async def zero(self, first: int, end: int) -> None:
         """Rows `first` to `end`, on all members that are in: the parity of zeroes is zero.
 
-        Raises OSError.
+        In the journal they are full stripes. Raises OSError.
         """
         step = end - first
         if self._journal is not None:

@@ -73,7 +73,8 @@ EMPTY = Entry(uuid.UUID(int=0), State.EMPTY)
 class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     """`entries` are the slots of the geometry in their order, and then the spares.
 
-    `resync_position`: up to there the parity was made right since the last unclean stop.
+    `resync_position`: up to there parity and copies were made right since the last unclean stop;
+    with a journal, since the array was made.
     `whole_events`: what `events` was when every slot was whole last. Who left then or later lacks
     no more than what the write-intent bitmap names.
     """

@@ -184,12 +184,10 @@ class Upkeep:
         if self._array.intents is not None:
             for offset, length in done:
                 await self._array.intents.cleaned(offset, length)
-        elif self.resync:
-            await self._keeper.update(lambda one: replace(one, resync_position=position))
+        await self._keeper.update(lambda one: replace(one, resync_position=position))
 
     async def _resynced(self) -> None:
         await self._resynced_to(self._array.size)
-        await self._keeper.update(lambda one: replace(one, resync_position=self._array.size))
 
     # ---- rebuild
 
@@ -220,9 +218,17 @@ class Upkeep:
             taker = Entry(superblock.entries[number].member, State.REBUILDING)
             return with_entry(with_entry(superblock, number, before), slot, taker)
 
+        await self.end_session()
         await self._keeper.change_roles(change)
         if slot in seats and slot in self._devices.missing:  # not failed by this very change
             self.take_in(slot)
+
+    async def end_session(self) -> None:
+        """Before a member comes into a slot: its journal has nothing of what was recorded for who
+        sat there before. Raises OSError.
+        """
+        if self._array.journal is not None:
+            await self._array.journal.renew()
 
     def take_in(self, slot: int) -> None:
         """Who sits there is written to from now on, and read where a rebuild has been."""

@@ -151,12 +151,18 @@ def _plan(config: Config, wishes: Wishes) -> Plan:
 
 
 def _chosen(config: Config, name: str | None) -> NamespaceConfig:
-    if name is None:
-        return config.namespace[0]
-    for namespace in config.namespace:
+    in_memory = [namespace for namespace in config.namespace if namespace.raid is None]
+    if name is None and in_memory:
+        return in_memory[0]
+    for namespace in in_memory:
         if namespace.name == name:
             return namespace
-    names = [namespace.name for namespace in config.namespace]
+    if name is None or any(namespace.name == name for namespace in config.namespace):
+        raise PmblkError(
+            f"{name or 'every namespace'} is an array",
+            hint="an array has no representation to compare; name a namespace with a path",
+        )
+    names = [namespace.name for namespace in in_memory]
     raise PmblkError(f"--namespace: there is no {name}", hint=did_you_mean(name, names))
 
 

@@ -141,8 +141,10 @@ def _assembled(
     switched: SwitchReport,
 ) -> Sample:
     did = _difference(before.namespace_counters, after.namespace_counters)
-    cost = _difference(before.representation_counters, after.representation_counters)
     now = after.representation_counters
+    assert before.representation_counters is not None
+    assert now is not None, "what is compared lies in memory"
+    cost = _difference(before.representation_counters, now)
     return Sample(
         row=row.name,
         contender=contender.name,

@@ -11,7 +11,8 @@ with one. Source: the kernel's Documentation/filesystems/fuse-passthrough.rst (L
 
 import enum
 
-from pmblk import Namespace
+from pmblk import BlockDevice
+from pmblk.namespace import in_memory
 from pmblkd.config import Dax
 from pmblkd.fuse.wire import Open
 
@@ -37,8 +38,11 @@ _OPEN_FLAGS = {
 }
 
 
-def choose(dax: Dax, namespace: Namespace) -> tuple[Way, str]:
+def choose(dax: Dax, device: BlockDevice) -> tuple[Way, str]:
     """The way that a namespace can go, as far as it can be told, and why it is not a faster one."""
+    namespace = in_memory(device)
+    if namespace is None:
+        return Way.DAEMON, "it is an array"
     if namespace.health.fault is not None:
         return Way.DAEMON, "its media have failed"
     if dax == "off":

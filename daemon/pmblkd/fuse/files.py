@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pmblk import Command, Namespace
+from pmblk import BlockDevice, Command
 from pmblk.media import ZEROES
 from pmblk.media.syscalls import (
     FALLOC_FL_KEEP_SIZE,
@@ -72,7 +72,7 @@ class Statistics(msgspec.Struct, frozen=True):
     files: int
 
 
-Target = tuple[Namespace, Command]  # what an operation is to be done to, and how
+Target = tuple[BlockDevice, Command]  # what an operation is to be done to, and how
 
 
 def refuse(code: int) -> OSError:
@@ -113,7 +113,7 @@ class Files:
         namespace = self.served(inode).namespace
         if namespace.read_only:
             mode &= ~0o222
-        allocated = namespace.media.allocated_bytes()
+        allocated = namespace.allocated_bytes()
         return Attributes(inode, stat.S_IFREG | mode, namespace.size, allocated, born, uid, gid)
 
     def entries(self) -> Iterator[tuple[str, int]]:
@@ -159,7 +159,7 @@ class Files:
         """Of all namespaces together; free is what their files have no memory for yet."""
         namespaces = [served.namespace for served in self._registry.live()]
         size = sum(namespace.size for namespace in namespaces)
-        allocated = sum(namespace.media.allocated_bytes() for namespace in namespaces)
+        allocated = sum(namespace.allocated_bytes() for namespace in namespaces)
         free = max(0, size - allocated)
         return Statistics(size // BLOCK_BYTES, free // BLOCK_BYTES, len(namespaces) + 1)
 
@@ -244,7 +244,7 @@ class Files:
     async def sync(self, inode: int) -> None:
         await self._run(*self.to_sync(inode))
 
-    async def _run(self, namespace: Namespace, command: Command) -> None:
+    async def _run(self, namespace: BlockDevice, command: Command) -> None:
         waiting = namespace.execute((command,))
         if waiting:
             await namespace.complete(waiting)

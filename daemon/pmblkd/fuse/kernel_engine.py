@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from pmblk import Namespace, PmblkError
+from pmblk import BlockDevice, PmblkError
 from pmblk.media.syscalls import anonymous
 from pmblk.pages import PAGE_BYTES
 from pmblkd import mounts
@@ -257,7 +257,7 @@ class KernelEngine:
             works = [work for work in works if work.namespace is not namespace]
         return moved
 
-    def _execute(self, namespace: Namespace, works: Sequence[Work]) -> None:
+    def _execute(self, namespace: BlockDevice, works: Sequence[Work]) -> None:
         """All of them, then all replies: a client that waits for several is woken once."""
         commands = [work.command for work in works]
         try:

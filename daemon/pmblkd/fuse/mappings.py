@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 import trio
 
 from pmblk import PmblkError
+from pmblk.namespace import memory_of
 from pmblk.representations import KINDS
 from pmblkd.mappers import stays_open, who_maps_media
 from pmblkd.registry import Served
@@ -47,7 +48,8 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
             f"{served.name}: {problem} process {pids[0]} maps them",
             hint=f"end it (of {len(pids)}), or have it unmap the file",
         )
-    if await trio.to_thread.run_sync(stays_open, served.namespace.media.is_open_elsewhere):
+    media = memory_of(served.namespace, "media to map").media
+    if await trio.to_thread.run_sync(stays_open, media.is_open_elsewhere):
         raise PmblkError(
             f"{served.name}: {problem} others have its file open or mapped",
             hint="clients of a daemon that was killed, perhaps; end them",
@@ -55,6 +57,6 @@ async def _refuse_if_mapped(served: Served, kind: str) -> None:
 
 
 def _who_maps(served: Served) -> list[int]:
-    media = served.namespace.media
+    media = memory_of(served.namespace, "media to map").media
     is_open = media.is_open_elsewhere()
     return who_maps_media(media.path, media.status(), is_open=is_open, mapped_as=served.mapped_as)

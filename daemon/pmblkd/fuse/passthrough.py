@@ -15,6 +15,8 @@ import os
 import msgspec
 import structlog
 
+from pmblk.media import Media
+from pmblk.namespace import memory_of
 from pmblkd.fuse import dax, wire
 from pmblkd.fuse.dax import Way
 from pmblkd.fuse.files import inode_of
@@ -93,7 +95,7 @@ class Passthrough:
         opened = self._opened.get(served.number)
         if opened is None or opened.way is Way.DAEMON:
             return
-        served.namespace.media.stored_elsewhere()
+        _media(served).stored_elsewhere()
         if opened.way is Way.FAST:
             cut_excess(served)
 
@@ -142,11 +144,15 @@ class Passthrough:
         return reason
 
     def _register(self, served: Served) -> int:
-        fd = served.namespace.media.open_again()
+        fd = _media(served).open_again()
         try:
             return register(self._fd, fd)
         finally:
             os.close(fd)
+
+
+def _media(served: Served) -> Media:
+    return memory_of(served.namespace, "media to map").media
 
 
 def register(device: int, fd: int) -> int:
@@ -179,7 +185,7 @@ def cut_excess(served: Served) -> None:
 
     Raises OSError.
     """
-    excess = served.namespace.media.cut_excess()
+    excess = _media(served).cut_excess()
     if excess:
         _log.warning(
             "a client wrote past the end: what it wrote there is cut off",

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from pmblk import Command, Namespace
+from pmblk import BlockDevice, Command
 from pmblk.nvme.command import GET_LBA_STATUS, READ, WRITE, Hole
 from pmblkd.fuse import wire
 from pmblkd.fuse.dax import Way
@@ -63,7 +63,7 @@ class Work(msgspec.Struct, gc=False):
     """A command that is to run, and the request that waits for it. `whence`: of an lseek."""
 
     unique: int
-    namespace: Namespace
+    namespace: BlockDevice
     command: Command
     whence: int = 0
 

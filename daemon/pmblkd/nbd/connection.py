@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 import structlog
 import trio
 
-from pmblk import Command, Namespace
+from pmblk import BlockDevice, Command
 from pmblkd.errors import first_leaf
 from pmblkd.nbd.handshake import Handshake, State
 from pmblkd.nbd.replies import Buffer, ReplyEncoder
@@ -41,7 +41,7 @@ IOV_MAX = 1024
 _log = structlog.get_logger(__name__)
 
 
-Use = Callable[[str], AbstractContextManager[Namespace]]
+Use = Callable[[str], AbstractContextManager[BlockDevice]]
 
 
 class Disconnected(Exception):
@@ -55,7 +55,7 @@ class Connection:
         self._sock = sock
         self._peer = peer
         self._spinner = spinner
-        self._namespace: Namespace | None = None
+        self._namespace: BlockDevice | None = None
         self._sending = trio.Lock()
         self._waiting: list[Command] = []
         self._waiting_bytes = 0
@@ -98,7 +98,7 @@ class Connection:
 
     async def _shake_hands(
         self, handshake: Handshake, use: Use, used: contextlib.ExitStack
-    ) -> Namespace:
+    ) -> BlockDevice:
         await self._send([handshake.greeting()])
         buffer = memoryview(bytearray(HANDSHAKE_CHUNK_BYTES))
         while True:
@@ -119,7 +119,7 @@ class Connection:
 
     # ---- transmission
 
-    async def _transmit(self, handshake: Handshake, namespace: Namespace) -> None:
+    async def _transmit(self, handshake: Handshake, namespace: BlockDevice) -> None:
         replies = ReplyEncoder(structured=handshake.structured)
         requests = RequestStream(
             allocation_context=handshake.allocation_context, leftover=handshake.leftover
@@ -133,7 +133,7 @@ class Connection:
                 self._more_waiting.set()
 
     async def _serve(
-        self, requests: RequestStream, replies: ReplyEncoder, namespace: Namespace
+        self, requests: RequestStream, replies: ReplyEncoder, namespace: BlockDevice
     ) -> None:
         while True:
             batch = requests.next_batch()
@@ -145,7 +145,7 @@ class Connection:
             if requests.disconnecting:
                 return
             command = requests.bulk_write
-            if command is not None and namespace.representation.has_windows:
+            if command is not None and namespace.has_windows:
                 await self._receive_bulk(command, requests.take_bulk_payload(), namespace)
                 await self._answer([command], replies, namespace)
             count = await self._receive(requests.receive_buffer())
@@ -154,7 +154,7 @@ class Connection:
             requests.received(count)
 
     async def _answer(
-        self, batch: list[Command], replies: ReplyEncoder, namespace: Namespace
+        self, batch: list[Command], replies: ReplyEncoder, namespace: BlockDevice
     ) -> None:
         waiting = namespace.execute(batch)
         if waiting:
@@ -168,7 +168,9 @@ class Connection:
         if len(self._waiting) >= WAITING_MAX or self._waiting_bytes >= WAITING_BYTES_MAX:
             await self._wait_for_room()
 
-    async def _receive_bulk(self, command: Command, head: memoryview, namespace: Namespace) -> None:
+    async def _receive_bulk(
+        self, command: Command, head: memoryview, namespace: BlockDevice
+    ) -> None:
         """A large write's payload straight into memory, piece by piece as it arrives.
 
         The window is asked for anew after every wait, since nothing may be kept over one. When it
@@ -222,7 +224,7 @@ class Connection:
         aside = {id(command) for command in waiting}
         return [command for command in batch if id(command) not in aside]
 
-    async def _complete_waiting(self, replies: ReplyEncoder, namespace: Namespace) -> None:
+    async def _complete_waiting(self, replies: ReplyEncoder, namespace: BlockDevice) -> None:
         while not self._end_of_requests or self._waiting:
             if not self._waiting:
                 await self._more_waiting.wait()
@@ -235,7 +237,7 @@ class Connection:
             self._room.set()
 
     async def _complete_some(
-        self, batch: Sequence[Command], replies: ReplyEncoder, namespace: Namespace
+        self, batch: Sequence[Command], replies: ReplyEncoder, namespace: BlockDevice
     ) -> Sequence[Command]:
         """Finish and answer some of `batch`; what still waits comes back."""
         try:
@@ -288,7 +290,7 @@ class Connection:
         self._spinner.missed()
         return None
 
-    async def _send(self, buffers: list[Buffer], namespace: Namespace | None = None) -> None:
+    async def _send(self, buffers: list[Buffer], namespace: BlockDevice | None = None) -> None:
         """All of `buffers`, in one call if the socket takes it; never between another's halves."""
         if self._sending.locked():
             sound = _is_sound(namespace)
@@ -330,7 +332,7 @@ class Connection:
                 buffers[first] = memoryview(buffers[first])[sent:]
         return buffers[first:]
 
-    async def _wait_writable(self, namespace: Namespace | None, blocked_since: float) -> None:
+    async def _wait_writable(self, namespace: BlockDevice | None, blocked_since: float) -> None:
         """Wait for the client to read; but it must not keep memory that somebody else waits for."""
         writable = False
         while not writable:
@@ -359,5 +361,5 @@ class Connection:
             pass  # the peer was faster
 
 
-def _is_sound(namespace: Namespace | None) -> bool:
+def _is_sound(namespace: BlockDevice | None) -> bool:
     return namespace is not None and namespace.health.fault is None

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import structlog
 import trio
 
-from pmblk import Namespace, PmblkError
+from pmblk import BlockDevice, PmblkError
 from pmblk.units import format_size
 from pmblkd.listen import Address, UnixAddress, bind
 from pmblkd.nbd.connection import Connection
@@ -152,7 +152,7 @@ class NbdServer:
         finally:
             self._connections.discard(connection)
 
-    def _use(self, name: str) -> AbstractContextManager[Namespace]:
+    def _use(self, name: str) -> AbstractContextManager[BlockDevice]:
         return self._registry.named(name).used()
 
 
@@ -175,11 +175,10 @@ class Exports(Mapping[str, Export]):
         return sum(1 for _ in self)
 
 
-def _export(namespace: Namespace) -> Export:
-    kind = namespace.representation.kind
+def _export(namespace: BlockDevice) -> Export:
     return Export(
         name=namespace.name,
-        description=f"{format_size(namespace.size)} of persistent memory as {kind}",
+        description=f"{format_size(namespace.size)} of {namespace.description}",
         size=namespace.size,
         read_only=namespace.read_only,
         preferred_block=max(namespace.lba_bytes, 512),
