@@ -82,6 +82,20 @@ async def test_whoever_waits_meanwhile_is_recorded_together() -> None:
     assert flushes <= 2 + 5, "the first, and one for each member for all others"
 
 
+async def test_zeroes_are_recorded_as_full_stripes() -> None:
+    """Or an older record of what was there would come over them."""
+    world = await made()
+    await world.write(0, BLOCK)
+    await world.write(world.geometry.stripe_bytes, world.geometry.stripe_bytes)
+    for size in (world.geometry.stripe_bytes, world.array.size):
+        await world.array.zero(0, size)
+        world.promise.writing(0, bytes(size))
+        world.promise.flushed()
+        world = await again(world)
+        assert await world.broken() == []
+        await world.write(BLOCK, CHUNK)
+
+
 # ---- sessions
 
 

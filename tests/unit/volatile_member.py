@@ -70,11 +70,27 @@ class VolatileMember(SimMember):
                 await super().write(arrived)
         finally:
             for offset, view in arrived:
-                for sector in range(offset // SECTOR, (offset + len(view)) // SECTOR):
-                    version = self.content[sector * SECTOR : (sector + 1) * SECTOR]
-                    self._cache.setdefault(sector, []).append(bytes(version))
+                self._keep(offset, len(view))
         if goes:
             raise PowerCut
+
+    async def zero(self, offset: int, length: int) -> None:
+        await trio.lowlevel.checkpoint()
+        goes = self._power.step()
+        if goes:
+            length = self._chosen.randrange(length // BLOCK + 1) * BLOCK
+        try:
+            await super().zero(offset, length)
+        finally:
+            self._keep(offset, length)
+        if goes:
+            raise PowerCut
+
+    def _keep(self, offset: int, length: int) -> None:
+        """What is there now is one more version of each sector."""
+        for sector in range(offset // SECTOR, (offset + length) // SECTOR):
+            version = self.content[sector * SECTOR : (sector + 1) * SECTOR]
+            self._cache.setdefault(sector, []).append(bytes(version))
 
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -183,6 +183,8 @@ class World:
                 self._spoil_a_member()
             elif what == 5 and failing and self.lost and not self.has_bad_blocks:
                 await self.take_back(self.chosen.choice(sorted(self.lost)))
+            elif what == 6:
+                await self._zero(*self._extent(0, self.array.size))
             else:
                 await self.write(*self._extent(0, self.array.size))
 
@@ -193,6 +195,15 @@ class World:
         if self.power.off:
             raise PowerCut
         assert error is None
+
+    async def _zero(self, offset: int, length: int) -> None:
+        self.promise.writing(offset, bytes(length))
+        try:
+            await self.array.zero(offset, length)
+        except OSError:
+            assert self.power.off
+        if self.power.off:
+            raise PowerCut
 
     async def flush(self) -> None:
         await self.array.flush()

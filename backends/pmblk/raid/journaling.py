@@ -172,20 +172,23 @@ class Journaling:
         return taken
 
     async def _record(self, writes: Mapping[int, list[Write]]) -> None:
-        """One transaction."""
-        writes = self._of_those_who_are_there(writes)
-        if self._void or not self._goes_on_with(writes):
-            await self._renew()
-            writes = self._of_those_who_are_there(writes)
-        if any(record_bytes_for(part) > self.log_bytes for part in writes.values()):
-            raise OSError(errno.EOPNOTSUPP, "somebody is missing now: it is too much to record")
-        self._void = True  # until all of it is durable
-        self._sequence += 1
-        failures = await self._devices.write(self._records(writes))
-        failures |= await self._devices.flush(writes.keys() - failures.keys())
-        for slot in await self._devices.fail(failures):
-            raise failures[slot]
-        self._void = False
+        """One transaction; from the start again when somebody else took a slot meanwhile."""
+        while True:
+            there = self._of_those_who_are_there(writes)
+            if self._void or not self._goes_on_with(there):
+                await self._renew()
+                there = self._of_those_who_are_there(writes)
+            if any(record_bytes_for(part) > self.log_bytes for part in there.values()):
+                raise OSError(errno.EOPNOTSUPP, "somebody is missing now: it is too much to record")
+            self._void = True  # until all of it is durable
+            self._sequence += 1
+            failures = await self._devices.write(self._records(there))
+            failures |= await self._devices.flush(there.keys() - failures.keys())
+            await self._must(failures)
+            members = self._devices.members
+            if all(members[slot] in (None, self._known[slot]) for slot in there):
+                self._void = False
+                return
 
     def _of_those_who_are_there(self, writes: Mapping[int, list[Write]]) -> dict[int, list[Write]]:
         """With all of their bytes when somebody is missing."""

@@ -8,7 +8,7 @@ that does not take a write is failed, durably, before the write counts.
 """
 
 import errno
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -25,6 +25,9 @@ from pmblk.ranges import slices
 
 BLOCK_BYTES = 4096
 """What is read to fill up a write that is no whole block."""
+
+ZERO_RECORD_BYTES_MAX = 4 << 20
+"""Of a member, made zero by one record: its checksums are computed while others wait."""
 
 Batch = dict[int, list[Request]]
 
@@ -261,26 +264,32 @@ class Rows:
 
         In the journal they are full stripes. Raises OSError.
         """
+        step = end - first
+        if self._journal is not None:
+            bytes_max = min(self._journal.payload_bytes_max, ZERO_RECORD_BYTES_MAX)
+            step = min(step, max(1, bytes_max // self._geometry.chunk_bytes))
         async with self._locks.hold(range(first, end)):
-            missing = self._devices.missing
-            if len(missing) > self._geometry.parities:
-                raise OSError(errno.EIO, f"{len(missing)} members are missing")
-            place, length = self._devices.place(first), (end - first) * self._geometry.chunk_bytes
-            present = set(range(self._geometry.members)) - missing
-            if self._journal is None:
-                await self._zero_all(present, place, length)
-                return
-            zeroes = buffer(length)
-            ticket = await self._journal.record(
-                {slot: [Request(place, zeroes)] for slot in present}, {place}
-            )
-            try:
-                await self._zero_all(present, place, length)
-            finally:
-                self._journal.written(ticket)
+            for row in range(first, end, step):
+                length = min(step, end - row) * self._geometry.chunk_bytes
+                await self._zero_locked(self._devices.place(row), length)
 
-    async def _zero_all(self, slots: Collection[int], place: int, length: int) -> None:
-        failures = await self._devices.zero({slot: [(place, length)] for slot in slots})
+    async def _zero_locked(self, offset: int, length: int) -> None:
+        missing = self._devices.missing
+        if len(missing) > self._geometry.parities:
+            raise OSError(errno.EIO, f"{len(missing)} members are missing")
+        present = set(range(self._geometry.members)) - missing
+        if self._journal is None:
+            await self._zero_all(present, offset, length)
+            return
+        zeroes = Request(offset, buffer(length))
+        ticket = await self._journal.record({slot: [zeroes] for slot in present}, {offset})
+        try:
+            await self._zero_all(present, offset, length)
+        finally:
+            self._journal.written(ticket)
+
+    async def _zero_all(self, slots: Iterable[int], offset: int, length: int) -> None:
+        failures = await self._devices.zero({slot: [(offset, length)] for slot in slots})
         for slot in await self._devices.fail(failures):
             raise failures[slot]
 
