@@ -107,6 +107,22 @@ async def test_a_bad_sector_is_healed_by_reading_it() -> None:
         assert world.announced == []
 
 
+@pytest.mark.parametrize(
+    "shape", [{"level": 5, "members": 4}, {"level": 1, "members": 2}], ids=name
+)
+async def test_bad_sectors_in_different_blocks_of_one_row_are_no_loss(
+    shape: dict[str, Any],
+) -> None:
+    world = World(2, **shape)
+    assert await world.write((0, world.array.size)) == [None]
+    first = DATA_OFFSET // 4096
+    world.members[0].bad_blocks.add(first)
+    world.members[1].bad_blocks.add(first + 1)
+    await world.check()
+    assert not world.members[0].bad_blocks
+    assert not world.announced
+
+
 async def test_a_member_that_refuses_a_write_is_announced_before_the_write_counts() -> None:
     for shape in (
         {"level": 1, "members": 2},

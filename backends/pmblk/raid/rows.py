@@ -112,9 +112,7 @@ class Rows:
             await self._devices.heal({slot: [Request(place, found)]})
 
     async def _read_blocks(self, row: int, piece: Piece, view: memoryview) -> None:
-        for start, length in slices(
-            piece.start, piece.end - piece.start, slice_bytes=BLOCK_BYTES
-        ):
+        for start, length in slices(piece.start, piece.end - piece.start, slice_bytes=BLOCK_BYTES):
             position = start - piece.start
             block = Piece(piece.index, start, start + length)
             await self._read_locked(row, block, view[position : position + length])
