@@ -36,6 +36,7 @@ e2e:
 
 bench: setup
 	$(PYTHON) -m bench.nbd
+	$(PYTHON) -m bench.raid
 	$(ROOT) $(PYTHON) -m bench.fuse
 
 compare: setup

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from bench import fuse_report, fuse_rows, nbd_report, nbd_rows, report, samples
+from bench import (
+    fuse_report,
+    fuse_rows,
+    nbd_report,
+    nbd_rows,
+    raid_report,
+    raid_rows,
+    report,
+    samples,
+)
 from bench.fuse_rows import AUTO, FAST, NBDFUSE, QEMU, RAW
 from bench.report import MET, MISSED, Load, Origin
 from bench.samples import Sample
@@ -109,15 +118,21 @@ def test_a_machine_that_others_used_is_called_what_it_was(others: float, is_quie
 # ---- rows
 
 
-@pytest.mark.parametrize("rows", [nbd_rows.ROWS, fuse_rows.ROWS], ids=["nbd", "fuse"])
+@pytest.mark.parametrize(
+    "rows",
+    [nbd_rows.ROWS, fuse_rows.ROWS, raid_rows.ROWS],
+    ids=["nbd", "fuse", "raid"],
+)
 def test_every_row_has_a_name_of_its_own(rows: Sequence[Load]) -> None:
     assert len({row.name for row in rows}) == len(rows)
 
 
 def test_every_target_is_about_contenders_of_its_row() -> None:
+    rows: Sequence[fuse_rows.Row | raid_rows.Row] = (*fuse_rows.ROWS, *raid_rows.ROWS)
+    for one in rows:
+        for target in one.targets:
+            assert {target.of, target.to} <= set(one.contenders)
     for row in fuse_rows.ROWS:
-        for target in row.targets:
-            assert {target.of, target.to} <= set(row.contenders)
         if row.bytes_per_second_min is not None or row.cpu_us_max is not None:
             assert AUTO in row.contenders
 
@@ -257,3 +272,44 @@ def test_why_io_uring_was_not_measured_is_said() -> None:
 @pytest.mark.parametrize(("client", "words"), [(0, "fio is pinned to CPU 0"), (1, "share CPU 1")])
 def test_the_cpus_are_named(client: int, words: str) -> None:
     assert words in fuse_section(fuse_row("psync-4k-read-qd1"), {}, client=client)
+
+
+# ---- the report of arrays
+
+
+def raid_section(name: str, rates: Mapping[str, float], *, written: float = 2) -> str:
+    """Every contender makes 1000 I/Os a second, if it has no rate."""
+    row = next(row for row in raid_rows.ROWS if row.name == name)
+    cost = raid_rows.Cost(2, written)
+    return raid_report.section(
+        raid_report.Run(
+            origin=ORIGIN,
+            cpu=1,
+            parity="isa-l",
+            results={row: {name: [sample(rates.get(name, 1000))] * 2 for name in row.contenders}},
+            costs={row: dict.fromkeys(row.contenders, cost)},
+        )
+    )
+
+
+def test_an_array_with_parity_is_judged_by_one_without_and_a_degraded_one_by_a_whole_one() -> None:
+    text = raid_section("1m-write-qd1", {raid_rows.RAID5: 600})
+    assert verdict_on(text, f"{raid_rows.RAID5} ≥ 0.6 x {raid_rows.RAID0}") == MET
+    text = raid_section("1m-read-qd1", {raid_rows.DEGRADED: 499})
+    assert verdict_on(text, f"{raid_rows.DEGRADED} ≥ 0.5 x {raid_rows.RAID5}") == MISSED
+
+
+@pytest.mark.parametrize(("written", "verdict"), [(2, MET), (2.001, MISSED)])
+def test_one_byte_that_a_member_writes_beyond_the_theory_is_one_too_many(
+    written: float, verdict: str
+) -> None:
+    text = raid_section("4k-randwrite-qd32", {}, written=written)
+    assert verdict_on(text, "members read and write ≤ 2 + 2") == verdict
+
+
+@pytest.mark.parametrize(("iops", "verdict"), [(953, MISSED), (954, MET)])
+def test_a_sweep_is_judged_by_its_speed(iops: float, verdict: str) -> None:
+    text = raid_section("rebuild", {raid_rows.RAID5: iops})
+    assert verdict_on(text, f"{raid_rows.RAID5} ≥ 1 GB/s") == verdict
+    assert lines_with(text, "| rebuild | 5.00 (5.00 to 5.00)") == []  # only who takes part
+    assert lines_with(text, "| rebuild |  | 5.00 (5.00 to 5.00) |  |")

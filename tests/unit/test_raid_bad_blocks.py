@@ -106,6 +106,26 @@ async def test_data_are_durable_before_the_log_forgets() -> None:
     assert order == ["flush", "log", "flush", "log", "flush"]
 
 
+async def test_what_is_written_during_a_flush_stays_on_the_log_until_the_next_one() -> None:
+    device = sim()
+    member = await loaded(device)
+    await member.lose(at(0), 2 * BLOCK)
+    await member.write((Request(at(0), buffer(BLOCK)),))
+    flush = device.flush
+
+    async def flushed() -> None:
+        device.flush = flush  # type: ignore[method-assign]
+        await flush()
+        await member.write((Request(at(1), buffer(BLOCK)),))
+
+    device.flush = flushed  # type: ignore[method-assign]
+    await member.flush()
+    assert await readable(member) == ALL
+    assert await readable(await loaded(device)) == ALL - {1}
+    await member.flush()
+    assert await readable(await loaded(device)) == ALL
+
+
 async def test_a_full_log_takes_no_more_and_keeps_what_it_has() -> None:
     device = sim()
     blocks = {2 * number for number in range(RANGES_MAX)}

@@ -15,7 +15,7 @@ from pmblk.raid.creation import Wishes, create
 from pmblk.raid.labels import read_label
 from pmblk.raid.member import Member
 from pmblk.raid.superblock import Flag, Superblock
-from tests.unit.raid_crashes import Crashed, CrashingMember, Fuse
+from tests.unit.crashing_member import Crashed, CrashingMember, Fuse
 
 ENOUGH = 1_000_000
 MEBIBYTE = 1 << 20

@@ -373,6 +373,20 @@ async def test_a_member_that_fails_at_zeroes_is_out_before_they_count() -> None:
         await world.check()
 
 
+async def test_only_who_says_that_there_is_no_better_way_is_written_to() -> None:
+    world = plain_world(19, level=5, members=4)
+    await world.write((0, world.array.size))
+    world.amplification()
+
+    async def zero(_offset: int, _length: int) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    world.members[2].zero = zero  # type: ignore[assignment, method-assign]
+    await world.zero(0, world.array.size)
+    assert world.announced == [2]
+    assert world.amplification() == (0, 0)
+
+
 async def test_zeroes_that_nobody_takes_are_an_error() -> None:
     world = plain_world(20, level=0, members=2)
     world.members[0].refuses_writes = True

@@ -240,6 +240,19 @@ async def test_what_a_client_writes_is_not_cleaned_away() -> None:
     assert media.marked() == set()
 
 
+async def test_what_is_being_flushed_is_not_cleaned_away_before_it_is() -> None:
+    media = Media()
+    await write(media, 0)
+    await media.intents.clear_idle(nothing)
+
+    async def flush() -> None:
+        await media.intents.cleaned(0, UNIT)
+        assert media.marked() == {0}
+
+    await media.intents.clear_idle(flush)
+    assert media.marked() == set()
+
+
 async def test_a_write_that_fails_leaves_its_regions_in_doubt() -> None:
     media = Media()
     with pytest.raises(ValueError, match="oops"):

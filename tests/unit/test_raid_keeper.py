@@ -10,7 +10,7 @@ from pmblk.raid.geometry import Geometry
 from pmblk.raid.keeper import Keeper, Seat
 from pmblk.raid.labels import erase_label, read_label
 from pmblk.raid.superblock import DATA_OFFSET, Absent, Entry, Flag, State, Superblock
-from tests.unit.raid_crashes import Crashed, CrashingMember, Fuse
+from tests.unit.crashing_member import Crashed, CrashingMember, Fuse
 
 ENOUGH = 10_000  # steps
 MEMBERS = 4

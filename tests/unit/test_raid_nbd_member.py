@@ -111,6 +111,17 @@ async def test_nothing_is_copied_on_the_way(serve: Serve) -> None:
     member.close()
 
 
+async def test_a_write_goes_on_while_others_only_wait_for_answers(serve: Serve) -> None:
+    member = await opened(serve("--filter=delay", "memory", str(SIZE), "rdelay=30"))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(member.read, [Request(0, buffer(4096))])
+            await trio.testing.wait_all_tasks_blocked()
+            await member.write([Request(0, filled(SIZE))])  # more than a socket takes
+            nursery.cancel_scope.cancel()
+    member.close()
+
+
 async def test_requests_are_cut_to_what_the_server_takes(serve: Serve) -> None:
     policy = ("blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536")
     filters = ("--filter=blocksize-policy", "memory", str(SIZE), *policy)

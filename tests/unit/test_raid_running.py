@@ -15,16 +15,17 @@ from pmblk.raid.creation import Wishes, create
 from pmblk.raid.member import Member
 from pmblk.raid.running import RunningArray
 from pmblk.raid.sweep import Pace
-from tests.unit.raid_crashes import Crashed, CrashingMember, Fuse
+from tests.unit.crashing_member import Crashed, CrashingMember, Fuse
 
 ENOUGH = 1 << 60
 MEBIBYTE = 1 << 20
-SIZE = 6 * MEBIBYTE
+SIZE = 7 * MEBIBYTE
 CHUNK = 16384
 LEVELS = [
     {"level": 1},
     {"level": 4},
     {"level": 5},
+    {"level": 5, "journal": False},
     {"level": 6},
     {"level": 10, "layout": "near"},
     {"level": 10, "layout": "far"},
@@ -45,7 +46,7 @@ class Machine:
         self.members: dict[str, CrashingMember] = {}
         for _ in range(4):
             self.new_device()
-        self.wishes = {"name": "a", "chunk_bytes": CHUNK, "journal": False, **wishes}
+        self.wishes = {"name": "a", "chunk_bytes": CHUNK, **wishes}
         self.model = bytearray()
 
     def new_device(self, size: int = SIZE) -> str:
@@ -81,7 +82,11 @@ class Machine:
             length = self.chosen.choice([512, 4096, CHUNK, 5 * CHUNK])
             offset = self.chosen.randrange((array.size - length) // 512) * 512
             data = self.chosen.randbytes(length)
-            assert await array.array.write([(offset, memoryview(data))]) == [None]
+            if self.chosen.random() < 0.1:
+                data = bytes(length)
+                await array.array.zero(offset, length)
+            else:
+                assert await array.array.write([(offset, memoryview(data))]) == [None]
             self.model[offset : offset + length] = data
 
     async def check(self, array: RunningArray) -> None:

@@ -344,6 +344,29 @@ async def test_a_rebuild_heals_what_it_reads() -> None:
     await check_redundancy(world)
 
 
+async def test_beside_a_bad_sector_a_resync_still_believes_the_data() -> None:
+    world = World(16, level=6, members=6)
+    await world.write((0, world.array.size))
+    first, second, *_ = Stripes(world.geometry)[0].data
+    lie(world, first, 0, 100)
+    world.model[:] = await world.array.read(0, world.array.size)
+    world.members[second].bad_blocks = {DATA_OFFSET // 4096 + 1}
+    await sweep(world, "resync").run()
+    await check_redundancy(world)
+
+
+async def test_nobody_is_accused_in_a_block_that_had_to_be_made_up() -> None:
+    world = World(16, level=6, members=6)
+    await world.write((0, world.array.size))
+    first, second, *_ = Stripes(world.geometry)[0].data
+    lie(world, first, 0, 100)
+    world.members[second].bad_blocks = {DATA_OFFSET // 4096}
+    work = sweep(world, "check")
+    await work.run()
+    assert any(line.startswith("row 0: 4096 bytes") for line in work.status().findings)
+    assert not any("are wrong" in line for line in work.status().findings)
+
+
 async def test_bad_sectors_in_different_blocks_of_a_row_are_all_healed() -> None:
     world = World(17, level=5, members=4)
     await world.write((0, world.array.size))
@@ -430,11 +453,30 @@ async def test_a_rebuild_does_not_go_on_with_the_next_member_of_its_slot() -> No
     assert world.array.devices.rebuilt[1] == 0
 
 
+async def test_a_member_that_is_failed_under_a_batch_of_its_rebuild_is_not_whole() -> None:
+    world = World(20, level=5, members=4)
+    await world.write((0, world.array.size))
+    lose(world, 1)
+    put_new(world, 1)
+    devices, write = world.array.devices, world.array.devices.write
+
+    async def failed_meanwhile(batch: Any) -> Any:
+        failures = await write(batch)
+        await devices.fail({1: OSError("by the write of a client")})
+        return failures
+
+    devices.write = failed_meanwhile  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="has left"):
+        await sweep(world, "rebuild", slot=1).run()
+    assert 1 not in devices.rebuilt
+
+
 @pytest.mark.parametrize("kind", ["check", "rebuild"])
+@pytest.mark.parametrize(("level", "members"), [(6, 5), (1, 3)])
 async def test_a_member_that_hangs_keeps_the_memory_and_the_batch_is_done_without_it(
-    kind: Any,
+    kind: Any, level: int, members: int
 ) -> None:
-    world = World(20, level=6, members=5)
+    world = World(20, level=level, members=members)
     await world.write((0, world.array.size))
     if kind == "rebuild":
         lose(world, 1)

@@ -8,6 +8,7 @@ stripe whose parity does not fit its data. What bounds it is the patience with a
 """
 
 import contextlib
+import errno
 from collections.abc import Iterable, Sequence
 
 import trio
@@ -16,21 +17,26 @@ from pmblk.raid.buffers import buffer, scratch
 from pmblk.raid.devices import Announce, Devices
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.intents import Intents
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Member
 from pmblk.raid.mirrors import Mirrors
 from pmblk.raid.rows import Rows
+from pmblk.ranges import slices
 
 BLOCK_BYTES = 4096
 TURN_BYTES = 64 << 10  # a turn for others costs 3 us, a third of what 4 KiB of memory take
 ZERO_BYTES = 64 << 20  # of each member, made zero at once
 ZERO_CHUNKS_MAX = 1024  # and so many locks are held for it
+WRITE_BYTES = 4 << 20  # zeroes written at once, where that has to be
 
 
 class Array:
     """`members` are by slot; None is missing. `announce`: see `Devices`.
 
-    `intents` know which regions are being written; None: nobody keeps a bitmap.
+    `intents` know which regions are being written; None: nobody keeps a bitmap. `journal` is the
+    offset and length of its area on every member, at the levels with parity; its `replay` comes
+    before anything is read or written.
     """
 
     def __init__(
@@ -41,12 +47,20 @@ class Array:
         data_offset: int,
         announce: Announce,
         intents: Intents | None = None,
+        journal: tuple[int, int] | None = None,
     ) -> None:
         self.geometry = geometry
         self.size = geometry.size
         self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
         self.intents = intents
-        self._level = Rows(self.devices) if geometry.parities else Mirrors(self.devices)
+        self.journal: Journaling | None = None
+        if journal is not None:
+            assert geometry.parities, "copies have no write hole that reads would make up"
+            offset, length_bytes = journal
+            self.journal = Journaling(self.devices, offset=offset, length_bytes=length_bytes)
+        self._level = (
+            Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
+        )
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
@@ -120,18 +134,28 @@ class Array:
             return
 
     async def _zero_slice(self, start: int, end: int) -> None:
-        """Whole stripes are made zero, and what is left at the ends is written."""
+        """Whole stripes are made zero, and what is left at the ends is written.
+
+        While somebody is missing the journal takes no stripe without its bytes: all are written.
+        """
         unit = self._unit_bytes
         first, last = -(-start // unit), end // unit
-        if first < last:
-            await self._level.zero(first, last)
-            edges = [(start, first * unit), (last * unit, end)]
-        else:
-            edges = [(start, end)]
-        writes = [(begin, buffer(stop - begin)) for begin, stop in edges if begin < stop]
-        for error in await self._level.write(writes):
-            if error is not None:
-                raise error
+        middle = (start, end)
+        if first < last and not (self.journal is not None and self.devices.degraded):
+            try:
+                await self._level.zero(first, last)
+                middle = (last * unit, end)
+                await self._write_zeroes(start, first * unit)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+        await self._write_zeroes(*middle)
+
+    async def _write_zeroes(self, start: int, end: int) -> None:
+        for offset, length in slices(start, end - start, slice_bytes=WRITE_BYTES):
+            for error in await self._level.write([(offset, buffer(length))]):
+                if error is not None:
+                    raise error
 
     @property
     def locks(self) -> RowLocks:

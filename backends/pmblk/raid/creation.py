@@ -206,12 +206,17 @@ async def blank(member: Member, superblock: Superblock) -> None:
     """
     await write_zeroes(member, BITMAP_OFFSET, BITMAP_BYTES)
     await write_zeroes(member, BAD_BLOCKS_OFFSET, BAD_BLOCKS_BYTES)
-    if superblock.journal_bytes:
-        await write_zeroes(member, superblock.journal_offset, superblock.journal_bytes)
+    await blank_journal(member, superblock)
     if superblock.checksums_offset:
         length = areas.checksums_bytes(superblock.geometry.member_bytes)
         await write_zeroes(member, superblock.checksums_offset, length)
     await member.flush()
+
+
+async def blank_journal(member: Member, superblock: Superblock) -> None:
+    """Nothing that was recorded once is found in it. Raises OSError."""
+    if superblock.journal_bytes:
+        await write_zeroes(member, superblock.journal_offset, superblock.journal_bytes)
 
 
 async def _zeroed(superblock: Superblock, members: Sequence[Member]) -> bool:

@@ -58,6 +58,11 @@ class Devices:
     def missing(self) -> set[int]:
         return {slot for slot, member in enumerate(self.members) if member is None}
 
+    @property
+    def degraded(self) -> bool:
+        """Whether somebody is missing, or not whole yet."""
+        return bool(self.rebuilt) or None in self.members
+
     def unreadable(self, chunk: int) -> set[int]:
         """Slots whose chunk of that number nobody can read: missing, or not rebuilt yet."""
         return self.missing | {slot for slot, end in self.rebuilt.items() if chunk >= end}
@@ -65,6 +70,10 @@ class Devices:
     def place(self, chunk: int, start: int = 0) -> int:
         """Where a chunk lies on each member's device, in bytes."""
         return self._data_offset + chunk * self.geometry.chunk_bytes + start
+
+    def row_at(self, offset: int) -> int:
+        """The number of the chunk that lies there on each member's device."""
+        return (offset - self._data_offset) // self.geometry.chunk_bytes
 
     # ---- rounds
 
@@ -106,9 +115,11 @@ class Devices:
             await self._round(ranges, lambda slot, member: _zero(member, ranges[slot]))
         )
 
-    async def flush(self) -> Failures:
-        present = {slot: () for slot, member in enumerate(self.members) if member is not None}
-        return self._failures(await self._round(present, lambda _, member: member.flush()))
+    async def flush(self, slots: Collection[int] | None = None) -> Failures:
+        """Of these slots, or of all members that are in."""
+        if slots is None:
+            slots = [slot for slot, member in enumerate(self.members) if member is not None]
+        return self._failures(await self._round(slots, lambda _, member: member.flush()))
 
     async def _round(
         self, slots: Collection[int], what: Callable[[int, Member], Awaitable[None]]

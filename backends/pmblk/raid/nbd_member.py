@@ -104,8 +104,6 @@ class NbdMember(Member):
             return
         if self._turner is not None:
             trio.lowlevel.notify_closing(handle.aio_get_fd())
-        for batch in self._batches:
-            batch.news.set()
         _disconnect(handle)
 
     # ---- one batch
@@ -166,6 +164,7 @@ class NbdMember(Member):
     # ---- the connection, turned by who waits
 
     async def _until_done(self, batch: _Batch) -> None:
+        """Whoever leaves hands the turning on, so an end reaches them all, one after the other."""
         self._batches[batch] = None
         try:
             while batch.pending:
@@ -189,9 +188,6 @@ class NbdMember(Member):
             pass  # the member was closed meanwhile
         finally:
             self._turner = None
-            if self._handle is None or self._handle.aio_is_dead():
-                for other in self._batches:
-                    other.news.set()
 
 
 async def _turn(handle: Any) -> None:

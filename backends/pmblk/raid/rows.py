@@ -3,17 +3,18 @@
 A read goes straight to where the data lie. What cannot be read is made from the rest of its row,
 under the row's lock, and written back to a member that is there: that heals a bad sector. A batch
 of writes takes the locks of all its rows, reads what `pmblk.raid.plan` asks for in one round,
-computes, and writes data and parity in another. A member that does not take a write is failed,
-durably, before the write counts.
+computes, and writes data and parity in another, which the journal has recorded by then. A member
+that does not take a write is failed, durably, before the write counts.
 """
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from pmblk.raid.buffers import aligned, numbers, scratch
-from pmblk.raid.devices import Devices
+from pmblk.raid.buffers import aligned, buffer, numbers, scratch
+from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Request
@@ -36,10 +37,11 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Rows:
-    """One for an array with parity."""
+    """One for an array with parity. `journal`: closes its write hole; None: it stays open."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, *, journal: Journaling | None = None) -> None:
         self._devices = devices
+        self._journal = journal
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
@@ -146,8 +148,20 @@ class Rows:
                 raise
             except OSError as error:
                 errors[row] = error
-        errors.update(await self._update(ready))
+        for some in self._batches(ready):
+            errors.update(await self._update(some))
         return errors
+
+    def _batches(
+        self, parts: Mapping[int, Sequence[Part]]
+    ) -> Iterable[Mapping[int, Sequence[Part]]]:
+        """Rows that the journal can record together."""
+        count = len(parts) or 1
+        if self._journal is not None:
+            count = self._journal.payload_bytes_max // self._geometry.chunk_bytes
+        rows = list(parts)
+        for first in range(0, len(rows), count):
+            yield {row: parts[row] for row in rows[first : first + count]}
 
     async def _filled_up(self, row: int, part: Part) -> Part:
         """The part in whole blocks: what it lacks of them is read."""
@@ -193,28 +207,62 @@ class Rows:
         for row, segments in planned.items():
             for number, segment in enumerate(segments):
                 self._add_stores(batch, row, segment, parts[row], olds.get((row, number), []))
-        failures = await self._devices.write(batch)
-        for slot in await self._devices.fail(failures):
-            for row in planned:
-                errors[row] = failures[slot]
+        for failure in (await self._carry_out(batch, planned)).values():
+            errors.update(dict.fromkeys(planned, failure))
         return errors
+
+    async def _carry_out(self, batch: Batch, planned: Mapping[int, Sequence[Segment]]) -> Failures:
+        """The round of writes; what failed of slots that stay in."""
+        if self._journal is None or not batch:
+            return await self._write_all(batch)
+        full = {
+            self._devices.place(row, segment.start)
+            for row, segments in planned.items()
+            for segment in segments
+            if segment.way == "full"
+        }
+        try:
+            ticket = await self._journal.record(batch, full)
+        except OSError as error:
+            return dict.fromkeys(batch, error)
+        try:
+            return await self._write_all(batch)
+        finally:
+            self._journal.written(ticket)
+
+    async def _write_all(self, batch: Batch) -> Failures:
+        failures = await self._devices.write(batch)
+        return {slot: failures[slot] for slot in await self._devices.fail(failures)}
 
     # ---- zeroes
 
     async def zero(self, first: int, end: int) -> None:
         """Rows `first` to `end`, on all members that are in: the parity of zeroes is zero.
 
-        Raises OSError.
+        In the journal they are full stripes. Raises OSError.
         """
-        where = (self._devices.place(first), (end - first) * self._geometry.chunk_bytes)
         async with self._locks.hold(range(first, end)):
             missing = self._devices.missing
             if len(missing) > self._geometry.parities:
                 raise OSError(errno.EIO, f"{len(missing)} members are missing")
+            place, length = self._devices.place(first), (end - first) * self._geometry.chunk_bytes
             present = set(range(self._geometry.members)) - missing
-            failures = await self._devices.zero({slot: [where] for slot in present})
-            for slot in await self._devices.fail(failures):
-                raise failures[slot]
+            if self._journal is None:
+                await self._zero_all(present, place, length)
+                return
+            zeroes = buffer(length)
+            ticket = await self._journal.record(
+                {slot: [Request(place, zeroes)] for slot in present}, {place}
+            )
+            try:
+                await self._zero_all(present, place, length)
+            finally:
+                self._journal.written(ticket)
+
+    async def _zero_all(self, slots: Collection[int], place: int, length: int) -> None:
+        failures = await self._devices.zero({slot: [(place, length)] for slot in slots})
+        for slot in await self._devices.fail(failures):
+            raise failures[slot]
 
     # ---- parts of a write
 

@@ -19,13 +19,14 @@ from pmblk.raid.areas import checksums_bytes
 from pmblk.raid.array import Array
 from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
-from pmblk.raid.creation import blank
+from pmblk.raid.creation import blank, blank_journal
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
 from pmblk.raid.labels import Label, read_label
 from pmblk.raid.layout import survives
 from pmblk.raid.member import Member, Request
 from pmblk.raid.replacing import Replacing
+from pmblk.raid.replaying import JournalReplay
 from pmblk.raid.status import ArrayStatus, MemberStatus
 from pmblk.raid.superblock import (
     BITMAP_BYTES,
@@ -79,6 +80,7 @@ class RunningArray:
             data_offset=superblock.data_offset,
             announce=self._announce,
             intents=self._intents,
+            journal=_journal_area(superblock),
         )
         self._devices = self.array.devices
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace())
@@ -111,9 +113,20 @@ class RunningArray:
                 self._devices.rebuilt[slot] = done
         if self._intents is not None:
             self._intents.load(await self._bitmaps())
+        self._upkeep.keep_marks_while_degraded()
+        if self.array.journal is not None:
+            await self._take_up(await self.array.journal.replay())
         if dirty:
             self._upkeep.resync = self._doubtful()
-        self._upkeep.keep_marks_while_degraded()
+        if self._intents is not None and not self._upkeep.resync:
+            await self._intents.cleaned(0, self.size)
+
+    async def _take_up(self, replayed: JournalReplay) -> None:
+        """What the journal could not mend is an error from now on, and never made up."""
+        for slot, offset, length in replayed.lost:
+            known = bad_blocks_of(self._devices.members[slot])
+            assert known is not None, "every member has its log of bad blocks"
+            await known.lose(offset, length)
 
     async def _settle_roles(self, *, dirty: bool) -> None:
         """Whoever is missing is counted out, durably, before anything is written without it."""
@@ -150,7 +163,7 @@ class RunningArray:
 
     def _doubtful(self) -> tuple[tuple[int, int], ...]:
         """Where copies or parity may not fit after an unclean stop: offsets and lengths."""
-        if not self.geometry.redundancy:
+        if not self.geometry.redundancy or self.array.journal is not None:
             return ()
         if self._intents is not None:
             return tuple(self._intents.dirty_ranges())
@@ -267,6 +280,8 @@ class RunningArray:
 
     async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
         assert self._intents is not None
+        await self._told(blank_journal(member, self.superblock))
+        await self._told(self._upkeep.end_session())
         wrapped = await self._wrap(member, self.superblock)
         entry = Entry(self._keeper.entry(slot).member, State.REBUILDING)
 
@@ -434,3 +449,9 @@ def _needed_bytes(superblock: Superblock) -> int:
     if superblock.checksums_offset:
         end = superblock.checksums_offset + checksums_bytes(superblock.geometry.member_bytes)
     return end
+
+
+def _journal_area(superblock: Superblock) -> tuple[int, int] | None:
+    if Flag.JOURNAL not in superblock.flags:
+        return None
+    return superblock.journal_offset, superblock.journal_bytes

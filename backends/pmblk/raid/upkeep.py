@@ -220,9 +220,17 @@ class Upkeep:
             taker = Entry(superblock.entries[number].member, State.REBUILDING)
             return with_entry(with_entry(superblock, number, before), slot, taker)
 
+        await self.end_session()
         await self._keeper.change_roles(change)
         if slot in seats and slot in self._devices.missing:  # not failed by this very change
             self.take_in(slot)
+
+    async def end_session(self) -> None:
+        """Before a member comes into a slot: its journal has nothing of what was recorded for who
+        sat there before. Raises OSError.
+        """
+        if self._array.journal is not None:
+            await self._array.journal.renew()
 
     def take_in(self, slot: int) -> None:
         """Who sits there is written to from now on, and read where a rebuild has been."""
