@@ -1,14 +1,13 @@
-"""Arrays of the config: their members opened and assembled, and put in service.
-
-The engine for them is imported when there is an array: a daemon without one needs none of it.
-"""
+"""Arrays of the config: their members opened and assembled, and put in service."""
 
 from functools import partial
-from importlib import import_module
 
 import trio
 
 from pmblk.array_face import Running
+from pmblk.raid.assembling import assemble
+from pmblk.raid.opening import open_member
+from pmblk.raid.sweep import Pace
 from pmblk.volume import Volume
 from pmblkd.config import NamespaceConfig, RaidConfig
 from pmblkd.registry import Served, open_served
@@ -31,18 +30,14 @@ async def open_namespace(
 
 async def open_array(raid: RaidConfig, *, degraded: bool, force: bool) -> Running:
     """Raises PmblkError with a line for each reason why it cannot start."""
-    assembling = import_module("pmblk.raid.assembling")
-    opening = import_module("pmblk.raid.opening")
-    sweep = import_module("pmblk.raid.sweep")
-    running: Running = await assembling.assemble(
+    return await assemble(
         raid.members,
-        open_member=partial(opening.open_member, timeout_seconds=raid.member_timeout_seconds),
+        open_member=partial(open_member, timeout_seconds=raid.member_timeout_seconds),
         array=raid.uuid,
         degraded=degraded,
         force=force,
-        pace=sweep.Pace(
+        pace=Pace(
             bytes_per_second_max=raid.sweep_max_bytes,
             bytes_per_second_min=raid.sweep_min_bytes,
         ),
     )
-    return running

@@ -3,7 +3,6 @@
 import os
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
@@ -21,6 +20,7 @@ from pmblk.raid.geometry import (
     Layout,
     Level,
 )
+from pmblk.raid.opening import open_member
 from pmblk.units import format_size
 from pmblkd import control, raid_offline, raid_views
 from pmblkd.command_line import (
@@ -348,7 +348,4 @@ def _uuid(text: str | None) -> UUID | None:
 
 
 def _opener(*, read_only: bool = False) -> raid_offline.Opener:
-    opener: raid_offline.Opener = partial(
-        import_module("pmblk.raid.opening").open_member, read_only=read_only
-    )
-    return opener
+    return partial(open_member, read_only=read_only)

@@ -5,13 +5,13 @@ No daemon takes part. Looking opens members for reading only, so it may look at 
 
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pmblk import PmblkError
+from pmblk.raid import creation
 from pmblk.raid.assembly import Assembly, Candidate, NoArray, assemble
 from pmblk.raid.geometry import Layout, Level
 from pmblk.raid.labels import read_label
@@ -117,7 +117,6 @@ async def create(plan: Plan, open_member: Opener) -> CreatedReport:
     """The array is on its members when this returns. Raises PmblkError; then files that were made
     for it are gone.
     """
-    creation = import_module("pmblk.raid.creation")
     fields = msgspec.structs.asdict(plan)
     wishes = {name: fields[name] for name in creation.Wishes.__struct_fields__}
     files = list(_make_files([*plan.members, *plan.spares], plan.size))

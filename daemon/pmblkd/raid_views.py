@@ -83,7 +83,7 @@ def _kind(status: ArrayStatus) -> str:
 def _members_words(status: ArrayStatus) -> str:
     slots = [member for member in status.members if member.slot is not None]
     whole = sum(member.state == "active" for member in slots)
-    spares = len(status.members) - len(slots)
+    spares = sum(member.slot is None and member.state == "spare" for member in status.members)
     words = f"{whole} of {len(slots)} members"
     return words + (f", {_count(spares, 'spare')}" if spares else "")
 

@@ -9,7 +9,6 @@ import trio
 
 from pmblk.errors import PmblkError
 from pmblk.raid.array import Array
-from pmblk.raid.buffers import buffer
 from pmblk.raid.geometry import Geometry, layouts_of
 from pmblk.raid.layout import survives
 from pmblk.raid.status import ArrayStatus, MemberStatus
@@ -41,9 +40,7 @@ class CountedArray(Array):
 
     async def zero(self, offset: int, length: int) -> None:
         await self._ask("zero", length)
-        (error,) = await super().write([(offset, buffer(length))])
-        if error is not None:
-            raise error
+        await super().zero(offset, length)
 
     async def flush(self) -> None:
         await self._ask("flush", 0)

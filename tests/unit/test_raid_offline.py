@@ -1,7 +1,6 @@
 """Looking at the members of an array that nobody serves, and making the files of a new one."""
 
 import random
-import sys
 import types
 import uuid
 from pathlib import Path
@@ -145,7 +144,7 @@ class Creation(types.ModuleType):
 @pytest.fixture
 def creation(monkeypatch: pytest.MonkeyPatch) -> Creation:
     made = Creation()
-    monkeypatch.setitem(sys.modules, "pmblk.raid.creation", made)
+    monkeypatch.setattr("pmblkd.raid_offline.creation", made)
     return made
 
 
