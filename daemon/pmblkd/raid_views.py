@@ -109,8 +109,13 @@ def _members(status: ArrayStatus) -> Table:
     for member in status.members:
         slot = "-" if member.slot is None else str(member.slot)
         notes = ", ".join(_notes(member, status.member_bytes))
-        table.add_row(slot, member.state, member.place or "nobody", notes)
+        table.add_row(slot, member.state, _place(member), notes)
     return table
+
+
+def _place(member: MemberStatus) -> str:
+    """Its UUID where nobody knows: commands take that too."""
+    return member.place or ("nobody" if member.state == "empty" else str(member.member))
 
 
 def _notes(member: MemberStatus, member_bytes: int) -> Iterator[str]:
@@ -118,6 +123,8 @@ def _notes(member: MemberStatus, member_bytes: int) -> Iterator[str]:
         yield member.reason
     if member.state == "rebuilding" and member_bytes:
         yield f"{100 * member.checkpoint / member_bytes:.0f}% is whole"
+    if member.errors:
+        yield _count(member.errors, "error")
     if member.bad_blocks:
         yield f"{_count(member.bad_blocks, 'bad block')}"
 

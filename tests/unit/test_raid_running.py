@@ -163,6 +163,9 @@ async def test_a_spare_takes_over_and_any_other_member_can_be_lost_then(
     async with machine.running(degraded=True) as array:
         assert states(array)[None] == "faulty"  # nobody knows where it is
         await machine.check(array)
+        gone = next(one for one in array.status().members if one.slot == 2)
+        await array.remove(str(gone.member))
+        assert next(one for one in array.status().members if one.slot == 2).state == "empty"
 
 
 async def test_a_member_that_comes_back_gets_only_what_it_lacks(

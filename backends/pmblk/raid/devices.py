@@ -5,6 +5,7 @@ whether that is made up for, healed, or the end of a member, is for the level to
 """
 
 import errno
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 import trio
@@ -52,6 +53,7 @@ class Devices:
         self._data_offset = data_offset
         self._announce = announce
         self._failing = trio.Lock()
+        self.errors: Counter[int] = Counter()  # rounds that failed, by slot, of who is in it
         self._refusal: OSError | None = None
 
     @property
@@ -157,7 +159,9 @@ class Devices:
         for slot, member, error in results:
             if member is None or self.members[slot] is not member:
                 failures[slot] = Gone()
-            elif isinstance(error, Hung):  # to the array's users it is an error like any other
+                continue
+            self.errors[slot] += 1
+            if isinstance(error, Hung):  # to the array's users it is an error like any other
                 failures[slot] = OSError(errno.EIO, error.strerror)
             else:
                 failures[slot] = error
@@ -195,6 +199,7 @@ class Devices:
         """
         self.members[slot] = None
         self.rebuilt.pop(slot, None)
+        del self.errors[slot]
         member.close()
         if self._refusal is not None:
             return

@@ -392,7 +392,10 @@ class RunningArray:
     def _number_of(self, place: str) -> int:
         """Of its entry. Raises PmblkError."""
         for number, entry in enumerate(self.superblock.entries):
-            if entry.state is not State.EMPTY and self._places.get(entry.member) == place:
+            if entry.state is not State.EMPTY and place in (
+                self._places.get(entry.member),
+                str(entry.member),  # for one whose place nobody knows: it was missing at the start
+            ):
                 return number
         places = ", ".join(sorted(self._places.values()))
         raise PmblkError(f"{place} is no member of {self.name}", hint=f"its members: {places}")
@@ -454,6 +457,7 @@ class RunningArray:
             state=state,
             checkpoint=checkpoint,
             bad_blocks=_bad_blocks(seat),
+            errors=self._devices.errors[number] if seat is not None else 0,
             reason=self._reasons.get(entry.member, ""),
         )
 

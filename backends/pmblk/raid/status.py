@@ -15,6 +15,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of the table of roles. `slot` is None for a spare, `place` for who is missing.
 
     `state`: active, rebuilding, spare, faulty, missing or empty. `reason`: why it is faulty.
+    `errors`: rounds of I/O that it failed since it has the slot.
     """
 
     slot: int | None
@@ -23,6 +24,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     checkpoint: int = 0
     bad_blocks: int = 0
+    errors: int = 0
     reason: str = ""
 
 
