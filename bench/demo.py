@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo_steps import CheckFailed, Demo, Outcome
+from bench.demo_step import CheckFailed, Outcome
+from bench.demo_steps import Demo
 from pmblk import PmblkError
 from pmblkd.compare import fio
 from pmblkd.compare.interrupts import Interrupted, Interrupts

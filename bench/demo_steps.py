@@ -5,9 +5,10 @@ Not here: how it is shown, what is done about signals (demo.py).
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from bench.demo_raid import Array, RaidDemo, size_of
+from bench.demo_step import CheckFailed, Outcome, Step
 from pmblkd.compare import fio
 from tests.harness import file_systems
 from tests.harness.daemon import Daemon
@@ -33,43 +34,23 @@ VERIFY = (
 Load = tuple[str, str, int, str]
 
 
-class CheckFailed(Exception):
-    """Something is not as it has to be: what."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a step found out. `check` is empty where there was nothing to check."""
-
-    said: str = ""
-    check: str = ""
-    side: fio.Side | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """`is_short`: half of it would leave something behind, so a signal waits for its end."""
-
-    title: str
-    work: Callable[[], Outcome]
-    is_short: bool = False
-
-
 class Demo:
     """The daemon in `directory`, and what is made above it. `undo` unmakes what is still there."""
 
     def __init__(self, directory: Path, seconds: float, undo: contextlib.ExitStack) -> None:
         self._seconds = seconds
         self._directory = directory
+        self._array = Array(directory)
         self._daemon = Daemon(
             directory,
-            CONFIG.read_text(),
+            CONFIG.read_text() + self._array.config,
             overrides=[
                 f"namespace.{NAME}.path={directory}/media.img",
                 f'nbd.listen=["unix:{directory}/nbd.sock"]',
                 f"fuse.mountpoint={directory}/mnt",
             ],
         )
+        self._raid = RaidDemo(self._array, self._daemon, self._verify)
         undo.enter_context(file_systems.guarded(self._daemon, seconds=HANG_SECONDS))
         undo.callback(self._stop_if_running)
         self._attached = undo.enter_context(contextlib.ExitStack())
@@ -84,6 +65,7 @@ class Demo:
     def steps(self) -> Sequence[Step]:
         nbd, file = self._fio_on_nbd, self._fio_on_file
         return (
+            Step(title="RAID  make an array", work=self._make_array),
             Step(title="start the daemon", work=self._start, is_short=True),
             Step(title="NBD   write, then verify", work=lambda: self._verify(nbd())),
             *(self._measured("NBD ", nbd, load) for load in (LATENCY, *LOADS)),
@@ -101,6 +83,7 @@ class Demo:
             Step(title="ext4  the same checksums", work=self._compare),
             Step(title="ext4  unmount again", work=self._unmount, is_short=True),
             Step(title="loop  detach", work=self._detach, is_short=True),
+            *self._raid.steps(),
             Step(title="stop the daemon", work=self._stop, is_short=True),
         )
 
@@ -129,8 +112,10 @@ class Demo:
 
     @property
     def _size(self) -> int:
-        (namespace,) = self._daemon.list()
-        return int(namespace["size_bytes"])
+        return size_of(self._daemon, NAME)
+
+    def _make_array(self) -> Outcome:
+        return self._array.make()
 
     # ---- fio
 

@@ -50,6 +50,9 @@ def test_the_demo_passes_every_check_and_shows_what_it_measured() -> None:
     assert re.search(r"ext4  write, then verify .* \d+ blocks", table)
     assert re.search(r"ext4  fsck +clean", table)
     assert re.search(r"ext4  the same checksums +same", table)
+    assert re.search(r"RAID  write, then verify .* \d+ blocks", table)
+    assert re.search(r"RAID  rebuilt on the spare +active", table)
+    assert re.search(r"RAID  scrub +all fits", table)
     assert "Every check passed" in output
     assert all(len(line) <= 80 for line in output.splitlines()), output
     assert "\x1b" not in output
