@@ -128,9 +128,10 @@ class Devices:
     ) -> list[_Result]:
         """What failed: the slot, the member who was in it, and the error."""
         results: list[_Result] = []
+        members = {slot: self.members[slot] for slot in slots}  # whoever comes later may lack it
 
         async def one(slot: int) -> None:
-            member = self.members[slot]
+            member = members[slot]
             if member is None:  # it failed since the round was planned
                 results.append((slot, None, Gone()))
                 return
