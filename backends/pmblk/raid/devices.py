@@ -132,7 +132,7 @@ class Devices:
 
         async def one(slot: int) -> None:
             member = members[slot]
-            if member is None:  # it failed since the round was planned
+            if member is None or member is not self.members[slot]:  # it failed since the round was planned
                 results.append((slot, None, Gone()))
                 return
             try:
