@@ -157,6 +157,15 @@ class Array:
                 if error is not None:
                     raise error
 
+    def extend(self, geometry: Geometry) -> None:
+        """More of each member, or another mirror: no chunk moves, so whatever is under way goes on.
+
+        Of `devices.members` there are as many already.
+        """
+        self.geometry = self.devices.geometry = geometry
+        self.size = geometry.size
+        self._level.extend(geometry)
+
     @property
     def locks(self) -> RowLocks:
         """Of rows where there is parity, else of chunks of the array: a sweep takes them too."""

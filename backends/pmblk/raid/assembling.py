@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import msgspec
 
 from pmblk.errors import PmblkError
+from pmblk.raid.areas import headroom_offset, summed_bytes
 from pmblk.raid.assembly import Assembly, Candidate, NoArray
 from pmblk.raid.assembly import assemble as judge
 from pmblk.raid.bad_blocks import remembering
@@ -115,12 +116,13 @@ async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
 
 async def wrap(member: Member, superblock: Superblock) -> Member:
     """A member, with its log of bad blocks and its checksums. Raises PmblkError, OSError."""
-    found: Member = await remembering(member, data_offset=superblock.data_offset)
+    start = headroom_offset(superblock)
+    found: Member = await remembering(member, data_offset=start)
     if Flag.INTEGRITY in superblock.flags:
         found = await checksummed(
             found,
-            data_offset=superblock.data_offset,
-            member_bytes=superblock.geometry.member_bytes,
+            data_offset=start,
+            member_bytes=summed_bytes(superblock),
             checksums_offset=superblock.checksums_offset,
         )
     return found

@@ -210,7 +210,7 @@ async def blank(member: Member, superblock: Superblock) -> None:
     await write_zeroes(member, BAD_BLOCKS_OFFSET, BAD_BLOCKS_BYTES)
     await blank_journal(member, superblock)
     if superblock.checksums_offset:
-        length = areas.checksums_bytes(superblock.geometry.member_bytes)
+        length = areas.checksums_bytes(areas.summed_bytes(superblock))
         await write_zeroes(member, superblock.checksums_offset, length)
     await member.flush()
 

@@ -96,6 +96,23 @@ class Intents:
         self._doubtful[:] = True
         await self._mark(range(self._regions))
 
+    async def extend(self, size: int, *, doubtful: bool) -> None:
+        """The array is going to be larger; `doubtful`: the new part is marked. Raises OSError."""
+        regions = -(-size // self.region_bytes)
+        assert size >= self.size
+        assert regions <= bitmap.REGIONS_MAX
+        added = regions - self._regions
+        new = bitmap.regions_of([(self.size, size - self.size)], self.region_bytes)
+        self.size, self._regions = size, regions
+        none = np.zeros(added, dtype=np.bool_)
+        self._marked = np.concatenate([self._marked, none])
+        self._doubtful = np.concatenate([self._doubtful, none])
+        self._durable += bytes(added)
+        if doubtful:
+            self._doubtful[list(new)] = True
+            await self._mark(new)
+        await self.store_all()
+
     async def store_all(self) -> None:
         """Every block, for a member that has missed some. Raises OSError."""
         async with self._storing:

@@ -78,6 +78,14 @@ class Keeper:
             if self._refusal is not None:
                 raise self._refusal
 
+    async def do(self, what: "Callable[[int, Seat], Any]") -> None:
+        """Every member does it, spares too; who fails at it is out. Raises OSError."""
+        seats = dict(self.seats)
+        failures = await self._each(what)
+        async with self._changing:
+            there = {n: error for n, error in failures.items() if self.seats.get(n) is seats.get(n)}
+            await self._lose(there)
+
     async def store(self, offset: int, view: memoryview, *, durable: bool) -> None:
         """The same bytes on every member that holds data, outside of the data. Raises OSError."""
         async with self._changing:

@@ -14,6 +14,7 @@ import msgspec
 
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
 from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.geometry import Geometry
 from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
@@ -49,6 +50,10 @@ class Rows:
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
+
+    def extend(self, geometry: Geometry) -> None:
+        """Every chunk that there was stays where it was."""
+        self._geometry = geometry
 
     # ---- reading
 

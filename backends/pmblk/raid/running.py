@@ -9,18 +9,20 @@ start (`assembly`), how it is opened (`assembling`).
 
 import errno
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec.structs import replace
 
 from pmblk.errors import PmblkError
-from pmblk.raid.areas import checksums_bytes
+from pmblk.raid.areas import end_of
 from pmblk.raid.array import Array
 from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.checksummed import checksummed_of
 from pmblk.raid.creation import blank, blank_journal
+from pmblk.raid.geometry import Geometry
+from pmblk.raid.growing import Growing, check_quiet, more_members
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
 from pmblk.raid.labels import Label, read_label
@@ -65,8 +67,6 @@ class RunningArray:
         geometry = superblock.geometry
         self.name = superblock.name
         self.uuid = superblock.array
-        self.geometry = geometry
-        self.size = geometry.size
         self._opener = opener
         self._wrap = wrap
         self._reasons: dict[uuid.UUID, str] = {}  # why a member is faulty
@@ -85,6 +85,7 @@ class RunningArray:
         )
         self._devices = self.array.devices
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace())
+        self._growing = Growing(self.array, self._keeper, self._upkeep)
 
     def _make_intents(self, superblock: Superblock) -> Intents | None:
         if not superblock.bitmap_chunk_bytes:
@@ -93,7 +94,17 @@ class RunningArray:
         async def store(offset: int, view: memoryview) -> None:
             await self._keeper.store(BITMAP_OFFSET + offset, view, durable=True)
 
-        return Intents(size=self.size, region_bytes=superblock.bitmap_chunk_bytes, store=store)
+        return Intents(
+            size=superblock.geometry.size, region_bytes=superblock.bitmap_chunk_bytes, store=store
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.array.geometry
+
+    @property
+    def size(self) -> int:
+        return self.array.size
 
     @property
     def superblock(self) -> Superblock:
@@ -324,7 +335,7 @@ class RunningArray:
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
-        needed = _needed_bytes(superblock)
+        needed = end_of(superblock)
         if member.size < needed:
             raise PmblkError(
                 f"{place} is too small: {member.size} bytes of {needed}", hint="find a larger one"
@@ -358,11 +369,7 @@ class RunningArray:
             raise PmblkError(
                 f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
             )
-        if all(seat.member.place != new for seat in self._keeper.seats.values()):
-            await self.add(new)
-        number = self._number_of(new)
-        if self._keeper.entry(number).state is not State.SPARE:
-            raise PmblkError(f"{new} is no spare", hint="name a spare, or a device to add")
+        number = await self._spare(new)
         seat = self._keeper.seats[number]
         self._devices.members[slot] = Replacing(before, seat.member)
         self._upkeep.replacements[slot] = number
@@ -380,6 +387,32 @@ class RunningArray:
     def stop_scrub(self) -> None:
         """What it has found so far stays."""
         self._upkeep.stop_scrub()
+
+    async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
+        """To a size, or to all that the members have room for; or over more members."""
+        if add and size is not None:
+            raise PmblkError("a size and more members are two steps", hint="name one of them")
+        if not add:
+            await self._told(self._growing.enlarge(size))
+            return
+        if self.geometry.level != 1:
+            raise PmblkError(
+                f"level {self.geometry.level} gets no more members",
+                hint="make a larger array, and copy what is on this one",
+            )
+        more_members(self.geometry, len(add))
+        check_quiet(self.superblock, self._upkeep)
+        numbers = [await self._spare(place) for place in add]
+        await self._told(self._growing.mirror(numbers))
+
+    async def _spare(self, place: str) -> int:
+        """The number of its entry; it is added if it is none of ours yet. Raises PmblkError."""
+        if all(seat.member.place != place for seat in self._keeper.seats.values()):
+            await self.add(place)
+        number = self._number_of(place)
+        if self._keeper.entry(number).state is not State.SPARE:
+            raise PmblkError(f"{place} is no spare", hint="name a spare, or a device to add")
+        return number
 
     async def _told(self, work: Awaitable[T]) -> T:
         """Errors of members, in words for people."""
@@ -469,14 +502,6 @@ def _bad_blocks(seat: Seat | None) -> int:
 
 def _clean(superblock: Superblock) -> Superblock:
     return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
-
-
-def _needed_bytes(superblock: Superblock) -> int:
-    """What a member has to have at least."""
-    end = superblock.data_offset + superblock.geometry.member_bytes
-    if superblock.checksums_offset:
-        end = superblock.checksums_offset + checksums_bytes(superblock.geometry.member_bytes)
-    return end
 
 
 def _journal_area(superblock: Superblock) -> tuple[int, int] | None:
