@@ -20,12 +20,15 @@ from tests.harness.programs import assert_no_complaints, program, wait_for
 pytestmark = pytest.mark.e2e
 
 MEMBER_BYTES = 64 << 20
+LOSS = ("array member failed", "array is degraded")
 LEVELS = [("0", 2), ("1", 2), ("5", 3), ("6", 4), ("10", 4)]
 
 
 @contextlib.contextmanager
-def made(level: str, members: int, *options: str) -> Iterator[Daemon]:
-    """A daemon that serves a new array, and is stopped with nothing to complain about."""
+def made(level: str, members: int, *options: str, warned: Sequence[str] = ()) -> Iterator[Daemon]:
+    """A daemon that serves a new array, and is stopped with nothing to complain about but what
+    it `warned` of: each of that once.
+    """
     with scratch() as directory:
         places = [f"{directory}/m{number}" for number in range(members)]
         size = ("--size", str(MEMBER_BYTES))
@@ -35,7 +38,8 @@ def made(level: str, members: int, *options: str) -> Iterator[Daemon]:
         daemon.start()
         try:
             yield daemon
-            assert_no_complaints(daemon)
+            assert_no_complaints(daemon, but=warned)
+            assert [daemon.log.count(word) for word in warned] == [1] * len(warned), daemon.log
         finally:
             if daemon.running:
                 assert daemon.stop() == 0
@@ -89,7 +93,7 @@ def test_what_is_written_over_nbd_is_there_after_a_restart(level: str, members: 
 
 
 def test_a_file_system_lives_on_an_array_through_the_loss_of_a_member() -> None:
-    with made("5", 3) as daemon:
+    with made("5", 3, warned=LOSS) as daemon:
         with attached(daemon, "data") as device:
             make("ext4", device)
             with mounted(device, daemon.directory / "fs") as directory:
@@ -107,7 +111,7 @@ def test_a_spare_takes_the_slot_of_a_member_that_fails_and_the_member_can_come_b
     tmp_path: Path,
 ) -> None:
     spare = str(tmp_path / "spare")
-    with made("5", 3, "--spare", spare) as daemon:
+    with made("5", 3, "--spare", spare, warned=LOSS) as daemon:
         pattern(daemon, "write", 3)
         failed = f"{daemon.directory}/m1"
         said = answer(daemon, "raid", "fail", "data", failed)
@@ -125,7 +129,7 @@ def test_a_member_is_replaced_while_it_serves(tmp_path: Path) -> None:
     new = tmp_path / "new"
     with new.open("wb") as file:
         file.truncate(MEMBER_BYTES)
-    with made("1", 2) as daemon:
+    with made("1", 2, warned=LOSS) as daemon:
         pattern(daemon, "write", 9)
         answer(daemon, "raid", "replace", "data", f"{daemon.directory}/m0", str(new))
 
@@ -139,7 +143,7 @@ def test_a_member_is_replaced_while_it_serves(tmp_path: Path) -> None:
 
 
 def test_a_scrub_finds_what_somebody_wrote_past_the_array_and_repairs_it() -> None:
-    with made("1", 2) as daemon:
+    with made("1", 2, warned=["array repair ended"]) as daemon:
         pattern(daemon, "write", 5)
         with (daemon.directory / "m1").open("r+b") as member:
             member.seek(-(1 << 20), 2)  # the data are at the end
@@ -151,7 +155,7 @@ def test_a_scrub_finds_what_somebody_wrote_past_the_array_and_repairs_it() -> No
 
 
 def test_an_array_is_stopped_and_assembled_and_its_members_are_free_meanwhile() -> None:
-    with made("6", 4) as daemon:
+    with made("6", 4, warned=LOSS) as daemon:
         pattern(daemon, "write", 1)
         assert answer(daemon, "raid", "stop", "data") == "data: stopped\n"
         assert daemon.list() == []

@@ -15,6 +15,7 @@ from pmblk.raid.assembly import Assembly, Candidate, NoArray
 from pmblk.raid.assembly import assemble as judge
 from pmblk.raid.bad_blocks import remembering
 from pmblk.raid.checksummed import checksummed
+from pmblk.raid.events import Tell, nobody
 from pmblk.raid.keeper import Seat
 from pmblk.raid.labels import Label, read_label
 from pmblk.raid.member import Member
@@ -74,15 +75,21 @@ async def assemble(
     degraded: bool = False,
     force: bool = False,
     pace: Pace | None = None,
+    tell: Tell = nobody,
 ) -> RunningArray:
-    """The array, started. Raises PmblkError with a line for each reason why it cannot be."""
+    """The array, started. Raises PmblkError with a line for each reason why it cannot be.
+
+    `tell` hears of all that happens to it.
+    """
     found = await survey(places, open_member=open_member)
     try:
         assembly = found.judge(array=array, degraded=degraded, force=force)
         if assembly.obstacles:
             raise PmblkError(_explained(assembly, found))
         seats = await _seats(assembly, found)
-        running = RunningArray(assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace)
+        running = RunningArray(
+            assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace, tell=tell
+        )
         await running.start(dirty=assembly.dirty)
     except OSError as error:
         found.close()

@@ -17,6 +17,7 @@ from pmblk.raid.member import Hung, Member, Request
 
 Failures = dict[int, OSError]
 Announce = Callable[[int, OSError], Awaitable[None]]
+Needed = Callable[[int, OSError], None]
 Range = tuple[int, int]  # offset, length
 _Result = tuple[int, Member | None, OSError]
 
@@ -34,6 +35,7 @@ class Devices:
     """`announce(slot, error)` makes it durable, on all who stay, that a member failed.
 
     `rebuilt[slot]` is the number of chunks that a rebuild has filled; who is not in it is whole.
+    `needed(slot, error)` is told of every round that failed where nobody can make up for it.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Devices:
         self.write_bytes = 0
         self._data_offset = data_offset
         self._announce = announce
+        self.needed: Needed | None = None
         self._failing = trio.Lock()
         self.errors: Counter[int] = Counter()  # rounds that failed, by slot, of who is in it
         self._refusal: OSError | None = None
@@ -132,7 +135,9 @@ class Devices:
 
         async def one(slot: int) -> None:
             member = members[slot]
-            if member is None or member is not self.members[slot]:  # it failed since the round was planned
+            if (
+                member is None or member is not self.members[slot]
+            ):  # it failed since the round was planned
                 results.append((slot, None, Gone()))
                 return
             try:
@@ -162,6 +167,8 @@ class Devices:
                 failures[slot] = Gone()
                 continue
             self.errors[slot] += 1
+            if self.needed is not None and not survives(self.geometry, self._lost_with(slot)):
+                self.needed(slot, error)
             if isinstance(error, Hung):  # to the array's users it is an error like any other
                 failures[slot] = OSError(errno.EIO, error.strerror)
             else:

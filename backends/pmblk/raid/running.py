@@ -21,6 +21,7 @@ from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.checksummed import checksummed_of
 from pmblk.raid.creation import blank, blank_journal
+from pmblk.raid.events import Event, MemberFailed, MemberNeeded, StateChanged, Tell, nobody
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.growing import Growing, check_quiet, more_members
 from pmblk.raid.intents import Intents
@@ -52,7 +53,7 @@ Wrapper = Callable[[Member, Superblock], Awaitable[Member]]
 class RunningArray:
     """`seats` are by the number of their entry: members that are open, and wrapped; the array's
     from now on. `opener` opens one more by its place, and `wrap` gives it what an array keeps on
-    each (bad blocks, checksums).
+    each (bad blocks, checksums). `tell` hears of all that happens to it, from its start on.
     """
 
     def __init__(
@@ -63,12 +64,16 @@ class RunningArray:
         opener: Opener,
         wrap: Wrapper,
         pace: Pace | None = None,
+        tell: Tell = nobody,
     ) -> None:
         geometry = superblock.geometry
         self.name = superblock.name
         self.uuid = superblock.array
         self._opener = opener
         self._wrap = wrap
+        self._tell = tell
+        self._state_told = "active"
+        self._needed_told: set[uuid.UUID] = set()
         self._reasons: dict[uuid.UUID, str] = {}  # why a member is faulty
         self._places = {
             superblock.entries[number].member: seat.member.place for number, seat in seats.items()
@@ -84,7 +89,8 @@ class RunningArray:
             journal=_journal_area(superblock),
         )
         self._devices = self.array.devices
-        self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace())
+        self._devices.needed = self._needed
+        self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace(), tell=self._happened)
         self._growing = Growing(self.array, self._keeper, self._upkeep)
 
     def _make_intents(self, superblock: Superblock) -> Intents | None:
@@ -123,6 +129,7 @@ class RunningArray:
             if entry.state is State.REBUILDING and slot in self._keeper.seats:
                 done = entry.checkpoint // self.geometry.chunk_bytes
                 self._devices.rebuilt[slot] = done
+        self._tell_state()
         if self._intents is not None:
             self._intents.load(await self._bitmaps())
         self._upkeep.keep_marks_while_degraded()
@@ -177,7 +184,7 @@ class RunningArray:
             return replace(superblock, flags=superblock.flags | Flag.DIRTY)
 
         for slot in missing:
-            self._reasons[self.superblock.entries[slot].member] = "it was missing at the start"
+            self._left(slot, "it was missing at the start")
         if missing or Flag.SETTLED not in self.superblock.flags:
             await self._keeper.change_roles(change)
         else:
@@ -237,11 +244,45 @@ class RunningArray:
         await self._keeper.fail(slot, error)
 
     def _dropped(self, number: int, error: OSError) -> None:
-        self._reasons[self._keeper.entry(number).member] = error.strerror or str(error)
+        self._left(number, error.strerror or str(error))
         if number < self.geometry.members:
             self._devices.members[number] = None
             self._devices.rebuilt.pop(number, None)
         self._upkeep.dropped(number)
+        self._tell_state()
+
+    # ---- what is told
+
+    def _happened(self, event: Event) -> None:
+        self._tell(event)
+        self._tell_state()
+
+    def _tell_state(self) -> None:
+        state = self._state()
+        if state != self._state_told:
+            self._state_told = state
+            self._needed_told.clear()
+            self._tell(StateChanged(state=state))
+
+    def _left(self, number: int, reason: str) -> None:
+        slot, place = self._seat_of(number)
+        self._reasons[self._keeper.entry(number).member] = reason
+        self._tell(MemberFailed(slot=slot, place=place, reason=reason))
+
+    def _needed(self, slot: int, error: OSError) -> None:
+        """Of `Devices`, at every such round: the first one is told."""
+        member = self._keeper.entry(slot).member
+        if member not in self._needed_told:
+            self._needed_told.add(member)
+            _, place = self._seat_of(slot)
+            reason = error.strerror or str(error)
+            self._tell(MemberNeeded(slot=slot, place=place, reason=reason))
+
+    def _seat_of(self, number: int) -> tuple[int | None, str]:
+        """Slot and place of an entry."""
+        member = self._keeper.entry(number).member
+        slot = number if number < self.geometry.members else None
+        return slot, self._places.get(member, str(member))
 
     # ---- what people ask for
 
@@ -329,6 +370,7 @@ class RunningArray:
 
         await self._told(self._keeper.change_roles(change))
         self._places[entry.member] = member.place
+        self._reasons.pop(entry.member, None)
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
         self._upkeep.hurry()

@@ -15,6 +15,7 @@ import trio
 from msgspec.structs import replace
 
 from pmblk.raid.array import Array
+from pmblk.raid.events import MemberSeated, SweepBegan, SweepEnded, Tell, WorkEnded
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, trimmed, with_entry
 from pmblk.raid.replacing import Replacing
@@ -37,7 +38,7 @@ class Scrub(msgspec.Struct, frozen=True):
 class Upkeep:
     """One for an array in service. `resync`: what may not fit since an unclean stop."""
 
-    def __init__(self, array: Array, keeper: Keeper, *, pace: Pace) -> None:
+    def __init__(self, array: Array, keeper: Keeper, *, pace: Pace, tell: Tell) -> None:
         self.resync: Ranges = ()
         self.returned: dict[int, Ranges] = {}  # slot: all that it lacks
         self.replacements: dict[int, int] = {}  # slot: number of the entry that takes it over
@@ -49,6 +50,7 @@ class Upkeep:
         self._devices = array.devices
         self._keeper = keeper
         self._pace = pace
+        self._tell = tell
         self._sweeping = trio.CancelScope()
         self._wanted = trio.Event()
 
@@ -61,6 +63,7 @@ class Upkeep:
                 await self._work()
             except OSError as error:  # members cannot be told of a change: nothing changes any more
                 self.refusal = error
+                self._tell(WorkEnded(reason=error.strerror or str(error)))
 
     async def _clear_marks(self, intents: Intents) -> None:
         while True:
@@ -116,6 +119,7 @@ class Upkeep:
 
     async def _do(self, sweep: Sweep) -> None:
         failure: OSError | None = None
+        self._tell(SweepBegan(kind=sweep.kind, slot=sweep.slot))
         with trio.CancelScope() as self._sweeping:
             try:
                 await sweep.run()
@@ -125,6 +129,15 @@ class Upkeep:
             await self._broken(sweep, failure)
         elif not self._sweeping.cancelled_caught:
             await self._finished(sweep)
+        self._tell(
+            SweepEnded(
+                kind=sweep.kind,
+                slot=sweep.slot,
+                findings=sweep.findings.lines(),
+                error="" if failure is None else failure.strerror or str(failure),
+                stopped=self._sweeping.cancelled_caught,
+            )
+        )
 
     def _next_sweep(self) -> Sweep | None:
         array, pace = self._array, self._pace
@@ -232,8 +245,10 @@ class Upkeep:
 
     def take_in(self, slot: int) -> None:
         """Who sits there is written to from now on, and read where a rebuild has been."""
+        member = self._keeper.seats[slot].member
         self._devices.rebuilt[slot] = 0
-        self._devices.members[slot] = self._keeper.seats[slot].member
+        self._devices.members[slot] = member
+        self._tell(MemberSeated(slot=slot, place=member.place, returned=slot in self.returned))
 
     def _rebuilt_to(self, slot: int) -> Checkpoint:
         async def checkpoint(position: int) -> None:
