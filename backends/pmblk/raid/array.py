@@ -61,6 +61,7 @@ class Array:
         self._level = (
             Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
         )
+        self.parity_in_doubt: Sequence[tuple[int, int]] = ()  # offset and length, of the array
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes

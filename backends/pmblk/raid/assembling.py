@@ -5,7 +5,7 @@ array keeps on each of them.
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -29,9 +29,9 @@ Opener = Callable[[str], Awaitable[Member]]
 class Survey(msgspec.Struct, frozen=True):
     """Devices that are open, with what they say; and those that could not be asked, and why."""
 
-    members: Mapping[str, Member]
-    labels: Mapping[str, Label]
-    problems: Mapping[str, str]
+    members: dict[str, Member]
+    labels: dict[str, Label]
+    problems: dict[str, str]
 
     def judge(self, *, array: uuid.UUID | None, degraded: bool, force: bool) -> Assembly:
         """Raises PmblkError when there is nothing to assemble."""
@@ -40,6 +40,12 @@ class Survey(msgspec.Struct, frozen=True):
             return judge(candidates, array=array, degraded=degraded, force=force)
         except NoArray as error:
             raise PmblkError("\n  ".join([f"no array: {error}", *self.lines()])) from None
+
+    def leave_out(self, place: str, error: Exception) -> None:
+        """It cannot be used after all."""
+        reason = error.strerror if isinstance(error, OSError) else ""
+        self.problems[place] = reason or str(error)
+        del self.labels[place]
 
     def lines(self) -> list[str]:
         """One for each device that could not be asked."""
@@ -83,10 +89,13 @@ async def assemble(
     """
     found = await survey(places, open_member=open_member)
     try:
-        assembly = found.judge(array=array, degraded=degraded, force=force)
-        if assembly.obstacles:
-            raise PmblkError(_explained(assembly, found))
-        seats = await _seats(assembly, found)
+        while True:
+            assembly = found.judge(array=array, degraded=degraded, force=force)
+            if assembly.obstacles:
+                raise PmblkError(_explained(assembly, found))
+            seats = await _seats(assembly, found)
+            if seats is not None:
+                break
         running = RunningArray(
             assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace, tell=tell
         )
@@ -107,8 +116,8 @@ def _explained(assembly: Assembly, found: Survey) -> str:
     return "\n  ".join([*lines, *found.lines()])
 
 
-async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
-    """By the number of their entry."""
+async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat] | None:
+    """By the number of their entry; None: somebody is left out now, so judge again."""
     numbers = {entry.member: number for number, entry in enumerate(assembly.newest.entries)}
     seats = {}
     for place in (*assembly.slots, *assembly.spares):
@@ -116,7 +125,11 @@ async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
             continue
         label = found.labels[place]
         assert isinstance(label.found, Superblock), "others are left out"
-        member = await wrap(found.members[place], assembly.newest)
+        try:
+            member = await wrap(found.members[place], assembly.newest)
+        except (PmblkError, OSError) as error:
+            found.leave_out(place, error)
+            return None
         seats[numbers[label.found.member]] = Seat(member, label.stale_slot)
     return seats
 

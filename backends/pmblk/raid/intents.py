@@ -41,6 +41,7 @@ class Intents:
         assert self._regions <= bitmap.REGIONS_MAX
         self._marked = np.zeros(self._regions, dtype=np.bool_)
         self._doubtful = np.zeros(self._regions, dtype=np.bool_)
+        self._failed: set[int] = set()  # in doubt since this start
         self._durable = bytearray(self._regions)
         self._waiting: set[int] = set()  # marked for somebody, and in no store yet
         self._writers: dict[int, int] = {}  # in flight, by region
@@ -78,6 +79,7 @@ class Intents:
                 yield
             except BaseException:
                 self._doubtful[list(regions)] = True
+                self._failed |= regions
                 raise
         finally:
             self._recent |= regions
@@ -89,7 +91,19 @@ class Intents:
 
     def doubt(self, ranges: Iterable[tuple[int, int]]) -> None:
         """A write there has failed: copies or parity may differ until a resync has been there."""
-        self._doubtful[list(bitmap.regions_of(ranges, self.region_bytes))] = True
+        regions = bitmap.regions_of(ranges, self.region_bytes)
+        self._doubtful[list(regions)] = True
+        self._failed |= regions
+
+    @property
+    def has_doubts(self) -> bool:
+        """Whether a resync has to look at anything."""
+        return bool(self._doubtful.any())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a write has failed since this start."""
+        return bool(self._failed)
 
     async def mark_all(self) -> None:
         """Every region, durably, and in doubt. Raises OSError."""
@@ -127,11 +141,13 @@ class Intents:
         go. Raises OSError.
 
         Of a region that clients have written, only the doubt goes: its mark goes after a flush.
+        Where a write has failed since this start, the doubt stays for the next one.
         """
         end = offset + length
         last = self._regions if end >= self.size else end // self.region_bytes
         within = slice(-(-offset // self.region_bytes), last)
         self._doubtful[within] = False
+        self._doubtful[list(self._failed)] = True  # perhaps after the resync had passed
         async with self._storing:
             await self._take_back(np.flatnonzero(self._marked[within]) + within.start)
 

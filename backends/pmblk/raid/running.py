@@ -90,6 +90,7 @@ class RunningArray:
         )
         self._devices = self.array.devices
         self._devices.needed = self._needed
+        self._devices.told = self._keeper.told
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace(), tell=self._happened)
         self._growing = Growing(self.array, self._keeper, self._upkeep)
 
@@ -124,7 +125,7 @@ class RunningArray:
 
         `dirty`: it was not stopped cleanly. Nobody reads or writes before this has returned.
         """
-        await self._settle_roles(dirty=dirty)
+        await self._settle_roles()
         for slot, entry in enumerate(self.superblock.slots):
             if entry.state is State.REBUILDING and slot in self._keeper.seats:
                 done = entry.checkpoint // self.geometry.chunk_bytes
@@ -164,10 +165,10 @@ class RunningArray:
         """What the journal could not mend is an error from now on, and never made up."""
         for slot, offset, length in replayed.lost:
             known = bad_blocks_of(self._devices.members[slot])
-            assert known is not None, "every member has its log of bad blocks"
-            await known.lose(offset, length)
+            if known is not None:  # or it was let go of meanwhile
+                await known.lose(offset, length)
 
-    async def _settle_roles(self, *, dirty: bool) -> None:
+    async def _settle_roles(self) -> None:
         """Whoever is missing is counted out, durably, before anything is written without it."""
         missing = [
             slot
@@ -179,13 +180,15 @@ class RunningArray:
             for slot in missing:
                 faulty = replace(superblock.entries[slot], state=State.FAULTY)
                 superblock = with_entry(superblock, slot, faulty)
-            if not dirty and Flag.JOURNAL not in superblock.flags:
+            if Flag.JOURNAL not in superblock.flags:  # nobody knows what was written below it
                 superblock = replace(superblock, resync_position=0)
             return replace(superblock, flags=superblock.flags | Flag.DIRTY)
 
         for slot in missing:
             self._left(slot, "it was missing at the start")
-        if missing or Flag.SETTLED not in self.superblock.flags:
+        if Flag.SETTLED not in self.superblock.flags:
+            await self._keeper.settle_again()
+        if missing:
             await self._keeper.change_roles(change)
         else:
             await self._keeper.update(change)
@@ -196,18 +199,23 @@ class RunningArray:
         for number, seat in self._keeper.seats.items():
             if self._keeper.entry(number).state is State.ACTIVE:
                 view = buffer(BITMAP_BYTES)
-                await seat.member.read((Request(BITMAP_OFFSET, view),))
-                found.append(bytes(view))
+                try:
+                    await seat.member.read((Request(BITMAP_OFFSET, view),))
+                    found.append(bytes(view))
+                except OSError:
+                    found.append(b"\xff" * BITMAP_BYTES)  # it cannot say: the others may
         return found
 
     def _doubtful(self) -> tuple[tuple[int, int], ...]:
         """Where copies or parity may not fit after an unclean stop: offsets and lengths.
 
-        A journal leaves nothing in doubt but what was never made right since the array was made.
+        A journal leaves nothing in doubt but what was never made right since the array was made,
+        and writes that have failed.
         """
         if not self.geometry.redundancy:
             return ()
-        if self._intents is not None and self.array.journal is None:
+        marks = self.array.journal is None or Flag.DOUBT in self.superblock.flags
+        if self._intents is not None and marks:
             return tuple(self._intents.dirty_ranges())
         done = self.superblock.resync_position
         return ((done, self.size - done),) if done < self.size else ()
@@ -223,13 +231,23 @@ class RunningArray:
         """
         try:
             await self.array.flush()
-            if not self._upkeep.resync:
-                if self._intents is not None:
-                    await self._intents.clear_idle(self.array.flush)
-                    await self._intents.clear_idle(self.array.flush)  # none was written since
-                await self._keeper.update(_clean)
+            await self._upkeep.end_session()
+            if self._intents is not None:
+                await self._intents.clear_idle(self.array.flush)
+                await self._intents.clear_idle(self.array.flush)  # none was written since
+            await self._keeper.update(self._stopped)
         finally:
             self.close()
+
+    def _stopped(self, superblock: Superblock) -> Superblock:
+        """Clean, unless something is left for a resync."""
+        doubts = self._upkeep.unresolved or (self._intents is not None and self._intents.has_doubts)
+        flags = superblock.flags & ~Flag.DOUBT
+        if doubts:
+            flags |= Flag.DOUBT
+        if not (doubts or self._upkeep.resync):
+            flags &= ~Flag.DIRTY
+        return replace(superblock, flags=flags)
 
     def close(self) -> None:
         """Let the members go, as they are."""
@@ -336,6 +354,7 @@ class RunningArray:
                         f"{place} is a member of another array ({found.name}, {found.array})",
                         hint="erase it (pmblk raid erase), if nobody needs that",
                     )
+                self._refuse_copy(place, found)
                 slot = self._slot_to_return_to(found)
                 if slot is not None:
                     await self._take_back(slot, member, label.stale_slot)
@@ -345,14 +364,31 @@ class RunningArray:
             member.close()
             raise
 
+    def _refuse_copy(self, place: str, found: Superblock) -> None:
+        for number, entry in enumerate(self.superblock.entries):
+            if entry.member == found.member and number in self._keeper.seats:
+                raise PmblkError(
+                    f"{place} says that it is {self._places.get(entry.member)}: one is a copy, or "
+                    "both are the same device",
+                    hint="erase its superblock, if it is another device",
+                )
+
     def _slot_to_return_to(self, found: Superblock) -> int | None:
         """Where its bytes still are what the array holds, but for what is marked since."""
         for slot, entry in enumerate(self.superblock.slots):
             if entry.member == found.member and entry.state is State.FAULTY:
-                knows = found.events >= self.superblock.whole_events
+                knows = found.events >= self.superblock.whole_events and not self._went_alone(found)
                 was_whole = found.entries[slot] == Entry(found.member, State.ACTIVE)
                 return slot if self._intents is not None and knows and was_whole else None
         return None
+
+    def _went_alone(self, found: Superblock) -> bool:
+        """It counts somebody out who is here: it was written to without them."""
+        theirs = {entry.member: entry.state for entry in found.entries}
+        return any(
+            entry.state is State.ACTIVE and theirs.get(entry.member) is not State.ACTIVE
+            for entry in self.superblock.slots
+        )
 
     async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
         assert self._intents is not None
@@ -369,6 +405,12 @@ class RunningArray:
             return with_entry(superblock, slot, entry)
 
         await self._told(self._keeper.change_roles(change))
+        seat = self._keeper.seats.get(slot)
+        if seat is None or seat.member is not wrapped:
+            raise PmblkError(
+                f"{member.place}: its slot has been taken, or it failed at once",
+                hint="see pmblk raid status, and add it again as a spare",
+            )
         self._places[entry.member] = member.place
         self._reasons.pop(entry.member, None)
         self._upkeep.take_in(slot)
@@ -412,6 +454,8 @@ class RunningArray:
                 f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
             )
         number = await self._spare(new)
+        if self._devices.members[slot] is not before or slot in self._devices.rebuilt:
+            raise PmblkError(f"{old} has failed meanwhile", hint=f"{new} is a spare now")
         seat = self._keeper.seats[number]
         self._devices.members[slot] = Replacing(before, seat.member)
         self._upkeep.replacements[slot] = number
@@ -540,10 +584,6 @@ class RunningArray:
 def _bad_blocks(seat: Seat | None) -> int:
     known = None if seat is None else bad_blocks_of(seat.member)
     return 0 if known is None else known.count
-
-
-def _clean(superblock: Superblock) -> Superblock:
-    return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
 
 
 def _journal_area(superblock: Superblock) -> tuple[int, int] | None:

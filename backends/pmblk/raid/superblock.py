@@ -57,6 +57,7 @@ class Flag(enum.IntFlag):
     JOURNAL = 1 << 2  # stripes are journaled, so that no write hole is left
     RESHAPING = 1 << 3  # the data are on their way to the geometry, from that of fewer members
     SETTLED = 1 << 4  # every member that stays has these roles
+    DOUBT = 1 << 5  # writes have failed: what the bitmap marks may not fit, journal or not
 
 
 class Entry(msgspec.Struct, frozen=True):
