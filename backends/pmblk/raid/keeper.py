@@ -66,6 +66,7 @@ class Keeper:
     async def change_roles(self, change: Change) -> None:
         """`change` makes the new superblock of the one in force. Raises OSError."""
         async with self._changing:
+            await self._settle_first()
             superblock = change(self.superblock)
             if superblock is not None:
                 await self._settle(superblock)
@@ -89,11 +90,13 @@ class Keeper:
         self._check()
 
     async def settle_again(self) -> None:
-        """The roles in force to all, who may not all know them: a change was cut off once.
-
-        As long as not all know the newest roles, another change would leave some two behind.
-        """
+        """The roles in force to all, who may not all know them: a change was cut off once."""
         async with self._changing:
+            await self._settle_first()
+
+    async def _settle_first(self) -> None:
+        """As long as not all know the newest roles, another change would leave some two behind."""
+        if self.superblock.events and Flag.SETTLED not in self.superblock.flags:
             await self._spread(_again(self.superblock))
 
     async def do(self, what: "Callable[[int, Seat], Any]") -> None:
