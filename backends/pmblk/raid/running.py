@@ -356,8 +356,7 @@ class RunningArray:
                     )
                 self._refuse_copy(place, found)
                 slot = self._slot_to_return_to(found)
-                if slot is not None:
-                    await self._take_back(slot, member, label.stale_slot)
+                if slot is not None and await self._take_back(slot, member, label.stale_slot):
                     return
             await self._add_spare(place, member, label)
         except BaseException:
@@ -390,7 +389,8 @@ class RunningArray:
             for entry in self.superblock.slots
         )
 
-    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
+    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> bool:
+        """False: a spare has the slot by now."""
         assert self._intents is not None
         await self._told(blank_journal(member, self.superblock))
         await self._told(self._upkeep.end_session())
@@ -406,16 +406,16 @@ class RunningArray:
 
         await self._told(self._keeper.change_roles(change))
         seat = self._keeper.seats.get(slot)
-        if seat is None or seat.member is not wrapped:
-            raise PmblkError(
-                f"{member.place}: its slot has been taken, or it failed at once",
-                hint="see pmblk raid status, and add it again as a spare",
-            )
+        if seat is None:
+            raise PmblkError(f"{member.place} failed at once", hint="see pmblk raid status")
+        if seat.member is not wrapped:
+            return False
         self._places[entry.member] = member.place
         self._reasons.pop(entry.member, None)
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
         self._upkeep.hurry()
+        return True
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
