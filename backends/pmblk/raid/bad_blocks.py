@@ -126,16 +126,20 @@ class BadBlocks(Member):
             self._written -= written
 
     async def _store(self, blocks: set[int]) -> None:
-        """Both halves, one after the other, so that one of them is whole at any time."""
+        """Both halves, one after the other, so that one of them is whole at any time.
+
+        Done to its end before anything newer is stored, also when a flush is cancelled.
+        """
         try:
             halves = [encode(blocks, self._sequence + number) for number in (1, 2)]
         except Full as error:
             raise OSError(errno.ENOSPC, f"{self.place}: too much is lost: {error}") from error
         self._sequence += 2
-        for number, half in enumerate(halves):
-            place = BAD_BLOCKS_OFFSET + number * HALF_BYTES
-            await self.inner.write((Request(place, aligned(half)),))
-            await self.inner.flush()
+        with trio.CancelScope(shield=True):
+            for number, half in enumerate(halves):
+                place = BAD_BLOCKS_OFFSET + number * HALF_BYTES
+                await self.inner.write((Request(place, aligned(half)),))
+                await self.inner.flush()
 
     async def refresh(self) -> None:
         await self.inner.refresh()

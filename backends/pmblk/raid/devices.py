@@ -101,7 +101,11 @@ class Devices:
         return failures
 
     async def write(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
-        """Raises OSError when a failed member could not be announced: see `fail`."""
+        """Raises OSError when a failed member could not be announced: see `fail`.
+
+        Whoever may be cancelled shields it: a thread goes on with what nobody waits for any more,
+        and its bytes would land over what is written after the locks have been let go.
+        """
         self._check()
         results = await self._round(requests, lambda slot, member: member.write(requests[slot]))
         failures = self._failures(results)
@@ -109,11 +113,15 @@ class Devices:
         return failures
 
     async def heal(self, requests: Mapping[int, Sequence[Request]]) -> None:
-        """Write back what a read has made from redundancy. The read is right in any case."""
-        try:
-            await self.fail(await self.write(requests))
-        except OSError:
-            pass  # no failed member can be announced any more: every write will say so
+        """Write back what a read has made from redundancy. The read is right in any case.
+
+        Done to its end, whoever is cancelled meanwhile.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                await self.fail(await self.write(requests))
+            except OSError:
+                pass  # no failed member can be announced any more: every write will say so
 
     async def zero(self, ranges: Mapping[int, Sequence[Range]]) -> Failures:
         """Ranges of members, in bytes, become zeroes; written where a member has no better way."""
