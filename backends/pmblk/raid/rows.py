@@ -11,8 +11,6 @@ import bisect
 import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import msgspec
-
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
 from pmblk.raid.devices import Devices, Failures
 from pmblk.raid.geometry import Geometry
@@ -23,23 +21,13 @@ from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
+from pmblk.raid.row_parts import BLOCK_BYTES, Part, bytes_of, lay, within
 from pmblk.ranges import slices
-
-BLOCK_BYTES = 4096
-"""What is read to fill up a write that is no whole block."""
 
 ZERO_RECORD_BYTES_MAX = 4 << 20
 """Of a member, made zero by one record: its checksums are computed while others wait."""
 
 Batch = dict[int, list[Request]]
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A piece of a row with its bytes; `write` is the number of the write that it belongs to."""
-
-    piece: Piece
-    view: memoryview
-    write: int
 
 
 class Rows:
@@ -144,7 +132,7 @@ class Rows:
             start, end = part.piece.start, part.piece.end
             sources = []
             for source in made.sources:
-                view = _within(there.get(source), start, end) or extra.get((source, start, end))
+                view = within(there.get(source), start, end) or extra.get((source, start, end))
                 if view is None:
                     view = extra[source, start, end] = scratch(end - start)
                     self._ask(batch, row, source, start, view)
@@ -230,7 +218,7 @@ class Rows:
         for number, (offset, view) in enumerate(writes):
             for row, part in self._cut(offset, view, number):
                 rows.add(row)
-                _lay(layers, row, part)
+                lay(layers, row, part)
         async with self._locks.hold(rows):
             for layer in layers:
                 for row, error in (await self._write_layer(layer)).items():
@@ -398,7 +386,7 @@ class Rows:
     ) -> None:
         """The new data and parity of a segment, as writes of its members."""
         place = self._devices.place(row, segment.start)
-        new = [_bytes_of(parts, index, segment) for index in segment.written]
+        new = [bytes_of(parts, index, segment) for index in segment.written]
         stripe = self._stripes[row]
         for index, view in zip(segment.written, new, strict=True):
             if stripe.data[index] in segment.stores:
@@ -412,48 +400,3 @@ class Rows:
             )
             for slot, view in zip(segment.parity, outputs, strict=True):
                 batch.setdefault(slot, []).append(Request(place, view))
-
-
-def _within(part: Part | None, start: int, end: int) -> memoryview | None:
-    """Those bytes of its chunk, if all of them are in the part."""
-    if part is None or not part.piece.start <= start < end <= part.piece.end:
-        return None
-    return part.view[start - part.piece.start : end - part.piece.start]
-
-
-def _lay(layers: list[dict[int, list[Part]]], row: int, part: Part) -> None:
-    """Into the last layer where it meets nothing, so that later writes come after earlier ones."""
-    piece = part.piece
-    start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
-    depth = 0
-    for number, layer in enumerate(layers):
-        for other in layer.get(row, ()):
-            meets = (
-                other.piece.index == piece.index
-                and other.piece.start < end
-                and start < -(-other.piece.end // BLOCK_BYTES) * BLOCK_BYTES
-            )
-            if meets:
-                depth = number + 1
-    if depth == len(layers):
-        layers.append({})
-    layers[depth].setdefault(row, []).append(part)
-
-
-def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview:
-    """What is new of a chunk in a segment; one part covers all of it, or several touch in it."""
-    pieces = sorted(
-        (part for part in parts if part.piece.index == index), key=lambda one: one.piece.start
-    )
-    found = [
-        part.view[max(0, segment.start - part.piece.start) : segment.end - part.piece.start]
-        for part in pieces
-        if part.piece.start < segment.end and segment.start < part.piece.end
-    ]
-    if len(found) == 1:
-        return found[0]
-    whole, position = scratch(segment.length), 0
-    for view in found:
-        whole[position : position + len(view)] = view
-        position += len(view)
-    return whole
