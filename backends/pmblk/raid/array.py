@@ -180,7 +180,7 @@ class Array:
     def parity_in_doubt(self, ranges: Sequence[tuple[int, int]]) -> None:
         self._parity_in_doubt = ranges
         if isinstance(self._level, Rows):
-            self._level.doubt_parity(ranges)
+            self._level.doubts.set(ranges)
 
     @property
     def locks(self) -> RowLocks:

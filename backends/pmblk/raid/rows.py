@@ -7,12 +7,12 @@ computes, and writes data and parity in another, which the journal has recorded 
 that does not take a write is failed, durably, before the write counts.
 """
 
-import bisect
 import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
 from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.doubts import Doubts
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
@@ -39,23 +39,7 @@ class Rows:
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
-        self._doubts: list[tuple[int, int]] = []  # first row, and how far doubts go up to there
-
-    def doubt_parity(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """These ranges of the array (offset, length), and no others, have parity that may not fit.
-
-        What is written there gets new parity, made of all data of its row.
-        """
-        stripe_bytes = self._geometry.stripe_bytes
-        self._doubts, end = [], 0
-        for offset, length in sorted(ranges):
-            end = max(end, -(-(offset + length) // stripe_bytes))
-            self._doubts.append((offset // stripe_bytes, end))
-
-    def _fits(self, row: int) -> bool:
-        """Whether its parity is known to fit its data."""
-        before = bisect.bisect_right(self._doubts, row, key=lambda one: one[0])
-        return not before or self._doubts[before - 1][1] <= row
+        self.doubts = Doubts(devices.geometry.stripe_bytes)
 
     def extend(self, geometry: Geometry) -> None:
         """Every chunk that there was stays where it was."""
@@ -280,7 +264,7 @@ class Rows:
                         [part.piece for part in parts[row]],
                         missing=self._devices.missing,
                         unreadable=blind | self._devices.unreadable(row),
-                        trust_parity=self._fits(row),
+                        trust_parity=row not in self.doubts,
                     )
                 except TooManyLost as error:
                     errors[row] = OSError(errno.EIO, f"row {row}: {error}")
