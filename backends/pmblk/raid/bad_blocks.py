@@ -9,7 +9,7 @@ write, which nobody flushed, may have been.
 """
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -78,8 +78,14 @@ class BadBlocks(Member):
         Raises OSError; ENOSPC when the log is full: then nothing is remembered, and the member is
         not to be used.
         """
-        assert offset >= self._data_offset
-        lost = set(_blocks(offset, length))
+        await self.lose_all([(offset, length)])
+
+    async def lose_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The same for many, in one go."""
+        lost: set[int] = set()
+        for offset, length in ranges:
+            assert offset >= self._data_offset
+            lost.update(_blocks(offset, length))
         async with self._storing:
             await self._store(self._blocks | self._written | lost)
             self._blocks |= lost

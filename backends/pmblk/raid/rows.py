@@ -11,11 +11,11 @@ import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
-from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.devices import Devices, Failures, Range, ranges_of
 from pmblk.raid.doubts import Doubts
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.journaling import Journaling
-from pmblk.raid.layout import Stripes
+from pmblk.raid.layout import NONE, Stripes
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
@@ -306,7 +306,20 @@ class Rows:
 
     async def _write_all(self, batch: Batch) -> Failures:
         failures = await self._devices.write(batch)
-        return {slot: failures[slot] for slot in await self._devices.fail(failures)}
+        stay = await self._devices.fail_and_lose(failures, lambda slot: self._summed(batch[slot]))
+        return {slot: failures[slot] for slot in stay}
+
+    def _summed(self, requests: Sequence[Request]) -> list[Range]:
+        """Where they lie, in rows that have parity left: nothing is made of the others."""
+        return [
+            (offset, length)
+            for offset, length in ranges_of(requests)
+            if self._has_parity(self._devices.row_at(offset))
+        ]
+
+    def _has_parity(self, row: int) -> bool:
+        stripe = self._stripes[row]
+        return not {stripe.p, stripe.q} - {NONE} <= self._devices.unreadable(row)
 
     # ---- zeroes
 
@@ -341,7 +354,7 @@ class Rows:
 
     async def _zero_all(self, slots: Iterable[int], offset: int, length: int) -> None:
         failures = await self._devices.zero({slot: [(offset, length)] for slot in slots})
-        for slot in await self._devices.fail(failures):
+        for slot in await self._devices.fail_and_lose(failures, lambda _: [(offset, length)]):
             raise failures[slot]
 
     # ---- parts of a write
