@@ -61,7 +61,7 @@ class Array:
         self._level = (
             Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
         )
-        self.parity_in_doubt: Sequence[tuple[int, int]] = ()  # offset and length, of the array
+        self._parity_in_doubt: Sequence[tuple[int, int]] = ()
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
@@ -166,6 +166,21 @@ class Array:
         self.geometry = self.devices.geometry = geometry
         self.size = geometry.size
         self._level.extend(geometry)
+
+    @property
+    def parity_in_doubt(self) -> Sequence[tuple[int, int]]:
+        """Offsets and lengths of what a resync still owes: parity may not fit its data there.
+
+        A write there makes parity anew: a change of what did not fit would not fit either, and what
+        was just written would come out as something else once its member is lost.
+        """
+        return self._parity_in_doubt
+
+    @parity_in_doubt.setter
+    def parity_in_doubt(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._parity_in_doubt = ranges
+        if isinstance(self._level, Rows):
+            self._level.doubts.set(ranges)
 
     @property
     def locks(self) -> RowLocks:

@@ -4,16 +4,20 @@ A round is one batch to each member that takes part, all at once. What failed co
 whether that is made up for, healed, or the end of a member, is for the level to say.
 """
 
+import contextlib
 import errno
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 import trio
 
+from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.layout import survives
 from pmblk.raid.member import Hung, Member, Request
+from pmblk.raid.poison import Poison
+from pmblk.raid.replacing import holder
 
 Failures = dict[int, OSError]
 Announce = Callable[[int, OSError], Awaitable[None]]
@@ -60,6 +64,7 @@ class Devices:
         self.errors: Counter[int] = Counter()  # rounds that failed, by slot, of who is in it
         self.told: Callable[[], Awaitable[None]] | None = None
         self._refusal: OSError | None = None
+        self._poison = Poison()
 
     @property
     def missing(self) -> set[int]:
@@ -91,7 +96,9 @@ class Devices:
         of this round, so nothing of that may be used, and the operation starts over with new
         memory. EIO when the array cannot be without that member.
         """
-        results = await self._round(requests, lambda slot, member: member.read(requests[slot]))
+        results = await self._round(
+            requests, lambda slot, member: self._read(member, requests[slot])
+        )
         hung = {slot: error for slot, _, error in results if isinstance(error, Hung)}
         failures = self._failures(results)
         if hung:
@@ -101,25 +108,35 @@ class Devices:
         return failures
 
     async def write(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
-        """Raises OSError when a failed member could not be announced: see `fail`."""
+        """Raises OSError when a failed member could not be announced: see `fail`.
+
+        Whoever may be cancelled shields it: a thread goes on with what nobody waits for any more,
+        and its bytes would land over what is written after the locks have been let go.
+        """
         self._check()
-        results = await self._round(requests, lambda slot, member: member.write(requests[slot]))
+        results = await self._round(
+            requests, lambda slot, member: self._write(member, requests[slot])
+        )
         failures = self._failures(results)
         self.write_bytes += _bytes_of(requests, failures)
         return failures
 
     async def heal(self, requests: Mapping[int, Sequence[Request]]) -> None:
-        """Write back what a read has made from redundancy. The read is right in any case."""
-        try:
-            await self.fail(await self.write(requests))
-        except OSError:
-            pass  # no failed member can be announced any more: every write will say so
+        """Write back what a read has made from redundancy. The read is right in any case.
+
+        Done to its end, whoever is cancelled meanwhile.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                await self.fail(await self.write(requests))
+            except OSError:
+                pass  # no failed member can be announced any more: every write will say so
 
     async def zero(self, ranges: Mapping[int, Sequence[Range]]) -> Failures:
         """Ranges of members, in bytes, become zeroes; written where a member has no better way."""
         self._check()
         return self._failures(
-            await self._round(ranges, lambda slot, member: _zero(member, ranges[slot]))
+            await self._round(ranges, lambda slot, member: self._zero(member, ranges[slot]))
         )
 
     async def flush(self, slots: Collection[int] | None = None) -> Failures:
@@ -127,6 +144,21 @@ class Devices:
         if slots is None:
             slots = [slot for slot, member in enumerate(self.members) if member is not None]
         return self._failures(await self._round(slots, lambda _, member: member.flush()))
+
+    async def _read(self, member: Member, requests: Sequence[Request]) -> None:
+        if self._poison:
+            self._poison.check(holder(member), requests)
+        await member.read(requests)
+
+    async def _write(self, member: Member, requests: Sequence[Request]) -> None:
+        await member.write(requests)
+        if self._poison:
+            self._poison.take_off(holder(member), ranges_of(requests))
+
+    async def _zero(self, member: Member, ranges: Sequence[Range]) -> None:
+        await _zero(member, ranges)
+        if self._poison:
+            self._poison.take_off(holder(member), ranges)
 
     async def _round(
         self, slots: Collection[int], what: Callable[[int, Member], Awaitable[None]]
@@ -204,6 +236,37 @@ class Devices:
             await self.told()
         return stay
 
+    async def fail_and_lose(
+        self, failures: Failures, at: Callable[[int], Sequence[Range]]
+    ) -> set[int]:
+        """As `fail`, after writes to `at(slot)` that nobody may make anything of who is missing.
+
+        Who has to stay holds old bytes there, or new ones, which fit the rest of their row or not.
+        """
+        stay = {slot for slot, error in failures.items() if not isinstance(error, Gone)}
+        try:
+            stay = await self.fail(failures)
+        finally:  # also when nobody can be told: reads go on
+            for slot in stay:
+                await self._lose(slot, at(slot))
+        return stay
+
+    async def _lose(self, slot: int, ranges: Sequence[Range]) -> None:
+        """Nobody knows what it holds there: reads fail until it is written again.
+
+        On the member's log of lost blocks, if it has one that takes them; else for this run.
+        """
+        member = self.members[slot]
+        if member is None or not ranges:
+            return
+        member = holder(member)
+        self._poison.add(member, ranges)
+        log = bad_blocks_of(member)
+        if log is not None:
+            with contextlib.suppress(OSError):
+                await log.lose_all(ranges)
+                self._poison.take_off(member, ranges)
+
     async def _put_out(self, slot: int, member: Member, error: OSError) -> None:
         """Nobody uses it from now on, and the others are told, whoever is cancelled meanwhile.
 
@@ -239,6 +302,10 @@ class Devices:
     def _lost_with(self, slot: int) -> Collection[int]:
         """Slots that would not be whole if this one went too."""
         return self.missing | set(self.rebuilt) | {slot}
+
+
+def ranges_of(requests: Sequence[Request]) -> list[Range]:
+    return [(offset, len(view)) for offset, view in requests]
 
 
 def _bytes_of(requests: Mapping[int, Sequence[Request]], failures: Failures) -> int:

@@ -233,7 +233,10 @@ class Journaling:
     # ---- sessions
 
     async def _renew(self) -> None:
-        """Everything recorded is in place, durably, before the next mark is written."""
+        """Everything recorded is in place, durably, before the next mark is written.
+
+        A mark that has begun is finished: it must not land over a later one.
+        """
         assert self._mark is not None, "replayed"
         self._void = True
         while self._in_place:
@@ -246,9 +249,10 @@ class Journaling:
         view = buffer(BLOCK_BYTES)
         view[:] = encode_mark(self._mark)
         place = Request(self._offset + mark_offset(self._mark.session), view)
-        failures = await self._devices.write({slot: [place] for slot in members})
-        failures |= await self._devices.flush(members.keys() - failures.keys())
-        await self._must(failures)
+        with trio.CancelScope(shield=True):
+            failures = await self._devices.write({slot: [place] for slot in members})
+            failures |= await self._devices.flush(members.keys() - failures.keys())
+            await self._must(failures)
         self._known = members
         self._ends = dict.fromkeys(members, 0)
         self._blocks = dict.fromkeys(members, 0)

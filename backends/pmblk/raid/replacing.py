@@ -25,6 +25,11 @@ from pmblk.raid.member import Member, Request
 from pmblk.raid.superblock import DATA_OFFSET
 
 
+def holder(member: Member) -> Member:
+    """Whose bytes are read: the old one's, while a member is replaced."""
+    return member.old if isinstance(member, Replacing) else member
+
+
 class Replacing(Member):
     """`position`: up to that byte of the device the new one holds all that the old one does."""
 
@@ -34,7 +39,7 @@ class Replacing(Member):
         self.size = min(old.size, new.size)
         self.block_bytes = max(old.block_bytes, new.block_bytes)
         self.inline = old.inline and new.inline
-        self.old = old
+        self.old = self.inner = old  # the log of its losses, and its checksums, are the old one's
         self.new = new
         self.new_error: OSError | None = None
         self.position = 0
