@@ -5,6 +5,7 @@ whether that is made up for, healed, or the end of a member, is for the level to
 """
 
 import contextlib
+import copy
 import errno
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -35,12 +36,22 @@ class Gone(OSError):
         super().__init__(errno.ENODEV, "the member is gone")
 
 
+class Watchers:
+    """Who is asked and told by `Devices`; None: nobody.
+
+    `needed(slot, error)` is told of every round that failed where nobody can make up for it.
+    `told()` waits until members that others than `fail` have let go of are announced as well.
+    """
+
+    def __init__(self) -> None:
+        self.needed: Needed | None = None
+        self.told: Callable[[], Awaitable[None]] | None = None
+
+
 class Devices:
     """`announce(slot, error)` makes it durable, on all who stay, that a member failed.
 
     `rebuilt[slot]` is the number of chunks that a rebuild has filled; who is not in it is whole.
-    `needed(slot, error)` is told of every round that failed where nobody can make up for it.
-    `told()` waits until members that others than `fail` have let go of are announced as well.
     """
 
     def __init__(
@@ -55,25 +66,46 @@ class Devices:
         self.geometry = geometry
         self.members = list(members)
         self.rebuilt: dict[int, int] = {}
-        self.read_bytes = 0
-        self.write_bytes = 0
+        self.reshaping = False  # data are on their way between two geometries
+        self._judged: Geometry | None = None
+        self._moved: Counter[str] = Counter()  # bytes
         self._data_offset = data_offset
         self._announce = announce
-        self.needed: Needed | None = None
         self._failing = trio.Lock()
         self.errors: Counter[int] = Counter()  # rounds that failed, by slot, of who is in it
-        self.told: Callable[[], Awaitable[None]] | None = None
-        self._refusal: OSError | None = None
+        self.watchers = Watchers()
         self._poison = Poison()
+        self._refusals: list[OSError] = []
+
+    def under(self, geometry: Geometry, *, data_offset: int) -> "Devices":
+        """The same members under another geometry: who has left the one has left the other, too."""
+        other = copy.copy(self)
+        other.geometry, other._data_offset = geometry, data_offset
+        return other
+
+    def judge_by(self, geometry: Geometry) -> None:
+        """Whether a member may be lost, this one says: it has more of them."""
+        self._judged = geometry
+
+    @property
+    def read_bytes(self) -> int:
+        return self._moved["read"]
+
+    @property
+    def write_bytes(self) -> int:
+        return self._moved["written"]
 
     @property
     def missing(self) -> set[int]:
-        return {slot for slot, member in enumerate(self.members) if member is None}
+        members = self.members[: self.geometry.members]
+        return {slot for slot, member in enumerate(members) if member is None}
 
     @property
     def degraded(self) -> bool:
-        """Whether somebody is missing, or not whole yet."""
-        return bool(self.rebuilt) or None in self.members
+        """Whether somebody is missing, or not whole yet, or data are on their way: the journal has
+        all bytes of a stripe then.
+        """
+        return self.reshaping or bool(self.rebuilt) or None in self.members
 
     def unreadable(self, chunk: int) -> set[int]:
         """Slots whose chunk of that number nobody can read: missing, or not rebuilt yet."""
@@ -104,7 +136,7 @@ class Devices:
         if hung:
             await self._lose_hung({slot: failures[slot] for slot in hung})
             raise next(iter(hung.values()))
-        self.read_bytes += _bytes_of(requests, failures)
+        self._moved["read"] += _bytes_of(requests, failures)
         return failures
 
     async def write(self, requests: Mapping[int, Sequence[Request]]) -> Failures:
@@ -118,7 +150,7 @@ class Devices:
             requests, lambda slot, member: self._write(member, requests[slot])
         )
         failures = self._failures(results)
-        self.write_bytes += _bytes_of(requests, failures)
+        self._moved["written"] += _bytes_of(requests, failures)
         return failures
 
     async def heal(self, requests: Mapping[int, Sequence[Request]]) -> None:
@@ -201,8 +233,10 @@ class Devices:
                 failures[slot] = Gone()
                 continue
             self.errors[slot] += 1
-            if self.needed is not None and not survives(self.geometry, self._lost_with(slot)):
-                self.needed(slot, error)
+            if self.watchers.needed is not None and not survives(
+                self.geometry, self._lost_with(slot)
+            ):
+                self.watchers.needed(slot, error)
             if isinstance(error, Hung):  # to the array's users it is an error like any other
                 failures[slot] = OSError(errno.EIO, error.strerror)
             else:
@@ -227,13 +261,13 @@ class Devices:
                 member = self.members[slot]
                 if member is None or isinstance(error, Gone):
                     continue
-                if not survives(self.geometry, self._lost_with(slot)):
+                if not survives(self._judged or self.geometry, self._lost_with(slot)):
                     stay.add(slot)
                     continue
                 await self._put_out(slot, member, error)
             self._check()
-        if self.told is not None:
-            await self.told()
+        if self.watchers.told is not None:
+            await self.watchers.told()
         return stay
 
     async def fail_and_lose(
@@ -276,13 +310,13 @@ class Devices:
         self.rebuilt.pop(slot, None)
         del self.errors[slot]
         member.close()
-        if self._refusal is not None:
+        if self._refusals:
             return
         with trio.CancelScope(shield=True):
             try:
                 await self._announce(slot, error)
             except OSError as refusal:
-                self._refusal = refusal
+                self._refusals.append(refusal)
 
     async def _lose_hung(self, hung: Failures) -> None:
         """Reads go on without them, announced or not. Raises EIO where they cannot."""
@@ -296,12 +330,13 @@ class Devices:
 
     def _check(self) -> None:
         """Whether failed members can be announced. Raises OSError, for ever, once one was not."""
-        if self._refusal is not None:
-            raise self._refusal
+        for refusal in self._refusals:
+            raise refusal
 
     def _lost_with(self, slot: int) -> Collection[int]:
         """Slots that would not be whole if this one went too."""
-        return self.missing | set(self.rebuilt) | {slot}
+        missing = {other for other, member in enumerate(self.members) if member is None}
+        return missing | set(self.rebuilt) | {slot}
 
 
 def ranges_of(requests: Sequence[Request]) -> list[Range]:

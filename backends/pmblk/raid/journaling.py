@@ -86,6 +86,10 @@ class Journaling:
         self._in_place = 0  # rounds that are recorded and not carried out yet
         self._all_in_place = trio.Event()
 
+    def use(self, devices: Devices) -> None:
+        """The same members, and maybe more, under another geometry."""
+        self._devices = devices
+
     async def replay(self) -> JournalReplay:
         """What was recorded and may not be in place is put there. Raises OSError.
 
@@ -194,7 +198,7 @@ class Journaling:
         """With all of their bytes when somebody is missing."""
         missing = self._devices.missing
         there = {slot: part for slot, part in writes.items() if slot not in missing}
-        if missing or self._devices.rebuilt:
+        if self._devices.degraded:
             there = {
                 slot: [Write(offset, content, False) for offset, content, _ in part]
                 for slot, part in there.items()
