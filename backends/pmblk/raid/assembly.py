@@ -230,10 +230,14 @@ def _missing_words(newest: Superblock, slot: int) -> str:
 def _doubt(
     newest: Superblock, slots: Sequence[str | None], *, dirty: bool, force: bool
 ) -> Iterable[str]:
-    """Of a stripe that was being written, parity may be new and data old, or the other way."""
-    at_risk = newest.geometry.parities and dirty and None in slots
+    """Of a stripe that was being written, parity may be new and data old, or the other way. A
+    member that is not rebuilt yet has to be made up for as well.
+    """
+    partial = any(entry.state is State.REBUILDING for entry in newest.slots)
+    at_risk = newest.geometry.parities and dirty and (None in slots or partial)
     if at_risk and Flag.JOURNAL not in newest.flags and not force:
         yield (
-            "it was not stopped cleanly, and members are missing: what they held may come out "
-            "wrong where stripes were being written; find them, or take the risk (--force)"
+            "it was not stopped cleanly, and members are missing or not rebuilt: what "
+            "they held may come out wrong where stripes were being written; find them, or take the "
+            "risk (--force)"
         )
