@@ -18,7 +18,7 @@ from pmblk.raid.events import Tell, nobody
 from pmblk.raid.keeper import Seat
 from pmblk.raid.labels import Label, read_label
 from pmblk.raid.member import Member
-from pmblk.raid.running import RunningArray
+from pmblk.raid.running import RunningArray, needed_bytes
 from pmblk.raid.superblock import Flag, Superblock
 from pmblk.raid.sweep import Pace
 
@@ -58,12 +58,23 @@ async def survey(places: Sequence[str], *, open_member: Opener) -> Survey:
     for place in dict.fromkeys(places):
         try:
             members[place] = await open_member(place)
-            labels[place] = await read_label(members[place])
+            label = await read_label(members[place])
+            _check_size(members[place], label)
+            labels[place] = label
         except PmblkError as error:
             problems[place] = str(error)
         except OSError as error:
             problems[place] = error.strerror or str(error)
     return Survey(members, labels, problems)
+
+
+def _check_size(member: Member, label: Label) -> None:
+    """Raises PmblkError: what is not there any more would be read as nothing, or as zeroes."""
+    if isinstance(label.found, Superblock) and member.size < needed_bytes(label.found):
+        raise PmblkError(
+            f"it was cut short: {member.size} bytes of {needed_bytes(label.found)} are left",
+            hint="erase it, and add it again, to have it rebuilt",
+        )
 
 
 async def assemble(

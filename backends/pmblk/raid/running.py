@@ -318,6 +318,12 @@ class RunningArray:
         member = await self._opener(place)
         try:
             label = await self._told(read_label(member))
+            needed = needed_bytes(self.superblock)
+            if member.size < needed:  # also one that comes back, and was cut short meanwhile
+                raise PmblkError(
+                    f"{place} is too small: {member.size} bytes of {needed}",
+                    hint="find a larger one",
+                )
             found = label.found
             if isinstance(found, Superblock):
                 if found.array != self.uuid:
@@ -366,11 +372,6 @@ class RunningArray:
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
-        needed = _needed_bytes(superblock)
-        if member.size < needed:
-            raise PmblkError(
-                f"{place} is too small: {member.size} bytes of {needed}", hint="find a larger one"
-            )
         if member.block_bytes > 4096:
             raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
         entry = Entry(uuid.uuid4(), State.SPARE)
@@ -513,7 +514,7 @@ def _clean(superblock: Superblock) -> Superblock:
     return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
 
 
-def _needed_bytes(superblock: Superblock) -> int:
+def needed_bytes(superblock: Superblock) -> int:
     """What a member has to have at least."""
     end = superblock.data_offset + superblock.geometry.member_bytes
     if superblock.checksums_offset:
