@@ -81,6 +81,9 @@ class SimMember(Member):
         self.bad_blocks -= _blocks(offset, length)
         self.content[offset : offset + length] = bytes(length)
 
+    async def refresh(self) -> None:
+        self.size = len(self.content)
+
     def close(self) -> None:
         self.closed = True
 

@@ -1,5 +1,6 @@
 """Arrays against a model, for every level: random writes, reads, failures and bad sectors."""
 
+import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,3 +212,38 @@ async def test_neighbours_of_one_batch_are_full_stripes() -> None:
     stripe = world.geometry.stripe_bytes
     await world.write(*((offset, 4096) for offset in range(0, stripe, 4096)))
     assert world.amplification() == (0, stripe + CHUNK)
+
+
+@pytest.mark.parametrize(("level", "lost"), [(4, 1), (5, 1), (6, 1), (6, 2)])
+async def test_a_long_degraded_read_reads_no_more_than_a_whole_one(level: int, lost: int) -> None:
+    world = World(1, level=level, members=6)
+    await world.write((0, world.array.size))
+    for slot in range(1, 1 + lost):
+        await world.array.devices.fail({slot: OSError(errno.EIO, "gone")})
+    world.amplification()
+    await world.check()
+    assert world.amplification() == (world.array.size, 0)
+
+
+async def test_a_part_of_a_degraded_row_takes_only_those_bytes_of_the_others() -> None:
+    world = World(1, level=5, members=4)
+    await world.write((0, world.array.size))
+    await world.array.devices.fail({1: OSError(errno.EIO, "gone")})
+    world.amplification()
+    found = await world.array.read(0, CHUNK + 4096)  # slot 0, and half of the chunk in slot 1
+    assert found == world.model[: CHUNK + 4096]
+    assert world.amplification() == (CHUNK + 2 * 4096, 0)
+
+
+async def test_what_is_missing_is_never_made_from_half_a_write() -> None:
+    world = World(1, level=5, members=4)
+    await world.write((0, world.array.size))
+    await world.array.devices.fail({1: OSError(errno.EIO, "gone")})
+    missing = slice(CHUNK, 2 * CHUNK)  # of the first row: slots 0 and 2 have the other chunks
+    for turn in range(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.write, (0, CHUNK))
+            for _ in range(turn % 10):
+                await trio.lowlevel.checkpoint()
+            found = await world.array.read(CHUNK, CHUNK)
+            assert found == world.model[missing]

@@ -282,3 +282,12 @@ async def test_threads_of_one_member_are_bounded_and_a_queue_is_no_hang(stuck: S
             assert len(stuck.fds) == file_member.THREADS_MAX
             stuck.go_on.set()
     assert len(stuck.fds) == 3 * file_member.THREADS_MAX
+
+
+async def test_a_file_that_became_larger_is_as_large_as_it_is_when_it_is_asked(
+    member: FileMember, path: Path
+) -> None:
+    os.truncate(path, SIZE + 8192 + 7)
+    assert member.size == SIZE
+    await member.refresh()
+    assert member.size == SIZE + 8192

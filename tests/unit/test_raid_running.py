@@ -21,7 +21,7 @@ ENOUGH = 1 << 60
 MEBIBYTE = 1 << 20
 SIZE = 7 * MEBIBYTE
 CHUNK = 16384
-LEVELS = [
+LEVELS: list[dict[str, Any]] = [
     {"level": 1},
     {"level": 4},
     {"level": 5},

@@ -61,6 +61,7 @@ class Array:
         self._level = (
             Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
         )
+        self.parity_in_doubt: Sequence[tuple[int, int]] = ()  # offset and length, of the array
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
@@ -156,6 +157,15 @@ class Array:
             for error in await self._level.write([(offset, buffer(length))]):
                 if error is not None:
                     raise error
+
+    def extend(self, geometry: Geometry) -> None:
+        """More of each member, or another mirror: no chunk moves, so whatever is under way goes on.
+
+        Of `devices.members` there are as many already.
+        """
+        self.geometry = self.devices.geometry = geometry
+        self.size = geometry.size
+        self._level.extend(geometry)
 
     @property
     def locks(self) -> RowLocks:

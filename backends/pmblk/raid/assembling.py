@@ -5,11 +5,12 @@ array keeps on each of them.
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from pmblk.errors import PmblkError
+from pmblk.raid.areas import end_of, headroom_offset, summed_bytes
 from pmblk.raid.assembly import Assembly, Candidate, NoArray
 from pmblk.raid.assembly import assemble as judge
 from pmblk.raid.bad_blocks import remembering
@@ -18,7 +19,7 @@ from pmblk.raid.events import Tell, nobody
 from pmblk.raid.keeper import Seat
 from pmblk.raid.labels import Label, read_label
 from pmblk.raid.member import Member
-from pmblk.raid.running import RunningArray, needed_bytes
+from pmblk.raid.running import RunningArray
 from pmblk.raid.superblock import Flag, Superblock
 from pmblk.raid.sweep import Pace
 
@@ -28,9 +29,9 @@ Opener = Callable[[str], Awaitable[Member]]
 class Survey(msgspec.Struct, frozen=True):
     """Devices that are open, with what they say; and those that could not be asked, and why."""
 
-    members: Mapping[str, Member]
-    labels: Mapping[str, Label]
-    problems: Mapping[str, str]
+    members: dict[str, Member]
+    labels: dict[str, Label]
+    problems: dict[str, str]
 
     def judge(self, *, array: uuid.UUID | None, degraded: bool, force: bool) -> Assembly:
         """Raises PmblkError when there is nothing to assemble."""
@@ -39,6 +40,12 @@ class Survey(msgspec.Struct, frozen=True):
             return judge(candidates, array=array, degraded=degraded, force=force)
         except NoArray as error:
             raise PmblkError("\n  ".join([f"no array: {error}", *self.lines()])) from None
+
+    def leave_out(self, place: str, error: Exception) -> None:
+        """It cannot be used after all."""
+        reason = error.strerror if isinstance(error, OSError) else ""
+        self.problems[place] = reason or str(error)
+        del self.labels[place]
 
     def lines(self) -> list[str]:
         """One for each device that could not be asked."""
@@ -70,10 +77,10 @@ async def survey(places: Sequence[str], *, open_member: Opener) -> Survey:
 
 def _check_size(member: Member, label: Label) -> None:
     """Raises PmblkError: what is not there any more would be read as nothing, or as zeroes."""
-    if isinstance(label.found, Superblock) and member.size < needed_bytes(label.found):
+    if isinstance(label.found, Superblock) and member.size < end_of(label.found):
         raise PmblkError(
-            f"it was cut short: {member.size} bytes of {needed_bytes(label.found)} are left",
-            hint="erase it, and add it again, to have it rebuilt",
+            f"it was cut short: {member.size} bytes of {end_of(label.found)} are left",
+            hint="put a new one of that size in its place, and add it",
         )
 
 
@@ -93,10 +100,13 @@ async def assemble(
     """
     found = await survey(places, open_member=open_member)
     try:
-        assembly = found.judge(array=array, degraded=degraded, force=force)
-        if assembly.obstacles:
-            raise PmblkError(_explained(assembly, found))
-        seats = await _seats(assembly, found)
+        while True:
+            assembly = found.judge(array=array, degraded=degraded, force=force)
+            if assembly.obstacles:
+                raise PmblkError(_explained(assembly, found))
+            seats = await _seats(assembly, found)
+            if seats is not None:
+                break
         running = RunningArray(
             assembly.newest, seats, opener=open_member, wrap=wrap, pace=pace, tell=tell
         )
@@ -117,8 +127,8 @@ def _explained(assembly: Assembly, found: Survey) -> str:
     return "\n  ".join([*lines, *found.lines()])
 
 
-async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
-    """By the number of their entry."""
+async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat] | None:
+    """By the number of their entry; None: somebody is left out now, so judge again."""
     numbers = {entry.member: number for number, entry in enumerate(assembly.newest.entries)}
     seats = {}
     for place in (*assembly.slots, *assembly.spares):
@@ -126,19 +136,24 @@ async def _seats(assembly: Assembly, found: Survey) -> dict[int, Seat]:
             continue
         label = found.labels[place]
         assert isinstance(label.found, Superblock), "others are left out"
-        member = await wrap(found.members[place], assembly.newest)
+        try:
+            member = await wrap(found.members[place], assembly.newest)
+        except (PmblkError, OSError) as error:
+            found.leave_out(place, error)
+            return None
         seats[numbers[label.found.member]] = Seat(member, label.stale_slot)
     return seats
 
 
 async def wrap(member: Member, superblock: Superblock) -> Member:
     """A member, with its log of bad blocks and its checksums. Raises PmblkError, OSError."""
-    found: Member = await remembering(member, data_offset=superblock.data_offset)
+    start = headroom_offset(superblock)
+    found: Member = await remembering(member, data_offset=start)
     if Flag.INTEGRITY in superblock.flags:
         found = await checksummed(
             found,
-            data_offset=superblock.data_offset,
-            member_bytes=superblock.geometry.member_bytes,
+            data_offset=start,
+            member_bytes=summed_bytes(superblock),
             checksums_offset=superblock.checksums_offset,
         )
     return found

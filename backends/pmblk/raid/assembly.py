@@ -206,9 +206,11 @@ def _shortage(newest: Superblock, slots: Sequence[str | None], *, degraded: bool
         return
     geometry = newest.geometry
     words = ", ".join(_missing_words(newest, slot) for slot in missing)
-    if not survives(geometry, missing):
+    halves = set(_rebuilding(newest)) - {*missing}
+    if not survives(geometry, {*missing, *halves}):
+        also = f", and {len(halves)} are not rebuilt yet" if halves else ""
         yield (
-            f"{len(missing)} of {geometry.members} members are missing ({words}); "
+            f"{len(missing)} of {geometry.members} members are missing ({words}){also}; "
             f"level {geometry.level} cannot be without them: find them"
         )
     elif not degraded and any(
@@ -218,6 +220,11 @@ def _shortage(newest: Superblock, slots: Sequence[str | None], *, degraded: bool
             f"{len(missing)} of {geometry.members} members are missing ({words}); "
             "find them, or allow it to start degraded (--degraded)"
         )
+
+
+def _rebuilding(newest: Superblock) -> Iterable[int]:
+    """Slots whose member holds a part of what it should."""
+    return (slot for slot, entry in enumerate(newest.slots) if entry.state is State.REBUILDING)
 
 
 def _missing_words(newest: Superblock, slot: int) -> str:
@@ -230,14 +237,12 @@ def _missing_words(newest: Superblock, slot: int) -> str:
 def _doubt(
     newest: Superblock, slots: Sequence[str | None], *, dirty: bool, force: bool
 ) -> Iterable[str]:
-    """Of a stripe that was being written, parity may be new and data old, or the other way. A
-    member that is not rebuilt yet has to be made up for as well.
-    """
-    partial = any(entry.state is State.REBUILDING for entry in newest.slots)
-    at_risk = newest.geometry.parities and dirty and (None in slots or partial)
+    """Of a stripe that was being written, parity may be new and data old, or the other way."""
+    lacking = None in slots or any(True for _ in _rebuilding(newest))
+    at_risk = newest.geometry.parities and dirty and lacking
     if at_risk and Flag.JOURNAL not in newest.flags and not force:
         yield (
-            "it was not stopped cleanly, and members are missing or not rebuilt: what "
-            "they held may come out wrong where stripes were being written; find them, or take the "
+            "it was not stopped cleanly, and members are missing or not rebuilt yet: what they "
+            "held may come out wrong where stripes were being written; find them, or take the "
             "risk (--force)"
         )

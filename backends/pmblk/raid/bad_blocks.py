@@ -137,6 +137,10 @@ class BadBlocks(Member):
             await self.inner.write((Request(place, aligned(half)),))
             await self.inner.flush()
 
+    async def refresh(self) -> None:
+        await self.inner.refresh()
+        self.size = self.inner.size
+
     def close(self) -> None:
         self.inner.close()
 

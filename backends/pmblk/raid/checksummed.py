@@ -28,6 +28,7 @@ from pmblk.raid.member import Member, Request
 BLOCK_BYTES = 4096
 SUMS_A_BLOCK = BLOCK_BYTES // 4
 CACHE_BLOCKS = 1024  # 4 MiB, for 4 GiB of data
+COPY_BLOCKS = 64  # of checksums at a time
 ZERO_BLOCKS = 64  # of checksums at a time, 256 MiB of data
 
 ZERO_SUM = np.uint32(crc32c(bytes(BLOCK_BYTES)))
@@ -91,6 +92,7 @@ class Checksummed(Member):
         self.mismatches = 0
         self._start, self._end = data_offset, data_offset + member_bytes
         self._sums_offset = checksums_offset
+        self._copy_offset: int | None = None  # where they are kept, too, while they move
         self._cache: collections.OrderedDict[int, Sums] = collections.OrderedDict()
         self._cache_blocks = cache_blocks
         self._locks = RowLocks()  # of blocks of checksums
@@ -232,8 +234,44 @@ class Checksummed(Member):
     async def flush(self) -> None:
         await self.inner.flush()
 
+    async def refresh(self) -> None:
+        await self.inner.refresh()
+        self.size = self.inner.size
+
     def close(self) -> None:
         self.inner.close()
+
+    # ---- another place for the checksums
+
+    async def copy_sums(self, offset: int) -> None:
+        """From now on they are kept at that place of the device, too, and durably when this
+        returns. Raises OSError.
+        """
+        assert offset >= self._sums_offset + checksums_bytes(self._end - self._start)
+        self._copy_offset = offset
+        for run in self._runs():
+            async with self._locks.hold(run):
+                blocks = [await self._load(number) for number in run]
+                view = buffer(len(run) * BLOCK_BYTES)
+                np.frombuffer(view, dtype="<u4")[:] = np.concatenate(blocks)
+                await self.inner.write((Request(offset + run[0] * BLOCK_BYTES, view),))
+        await self.inner.flush()
+
+    async def extend(self, sums_offset: int, data_bytes: int) -> None:
+        """They are there alone, and are kept of so much data. The new part holds anything: it is to
+        be made zero. When this returns nobody writes to the place they had before.
+        """
+        self._sums_offset, self._copy_offset = sums_offset, None
+        for run in self._runs():
+            async with self._locks.hold(run):
+                pass
+        self._end = self._start + data_bytes
+
+    def _runs(self) -> Iterator[range]:
+        """Numbers of blocks of checksums, some at a time."""
+        blocks = checksums_bytes(self._end - self._start) // BLOCK_BYTES
+        for first in range(0, blocks, COPY_BLOCKS):
+            yield range(first, min(blocks, first + COPY_BLOCKS))
 
     # ---- checksums
 
@@ -255,8 +293,10 @@ class Checksummed(Member):
 
     async def _write_through(self, requests: Sequence[Request], kept: Mapping[int, Sums]) -> None:
         """In one batch. When it fails, what the device has now is read when it is wanted."""
+        places = [self._sums_offset, *([] if self._copy_offset is None else [self._copy_offset])]
         sums = [
-            Request(self._sums_offset + number * BLOCK_BYTES, block.data.cast("B"))
+            Request(place + number * BLOCK_BYTES, block.data.cast("B"))
+            for place in places
             for number, block in kept.items()
         ]
         try:

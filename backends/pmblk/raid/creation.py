@@ -24,7 +24,7 @@ from pmblk.raid.bitmap import AREA_ALL_SET, region_bytes_for
 from pmblk.raid.buffers import aligned, buffer
 from pmblk.raid.geometry import CHUNK_BYTES_DEFAULT, Geometry, Layout, Level, layouts_of
 from pmblk.raid.keeper import Keeper, Seat
-from pmblk.raid.labels import read_label
+from pmblk.raid.labels import erase_label, read_label
 from pmblk.raid.member import Member, Request
 from pmblk.raid.superblock import (
     BAD_BLOCKS_BYTES,
@@ -117,6 +117,11 @@ def _design(wishes: Wishes, members: Sequence[Member], count: int) -> Superblock
                 hint=f"members have blocks of {areas.BLOCK_BYTES} bytes at most",
             )
     level = wishes.level
+    if wishes.integrity and wishes.assume_clean:
+        raise PmblkError(
+            "checksums of what members hold already are not known",
+            hint="leave out --assume-clean, or --integrity",
+        )
     if len(wishes.name.encode()) > NAME_BYTES_MAX:
         raise PmblkError(f"{wishes.name} is too long a name", hint=f"{NAME_BYTES_MAX} bytes")
     smallest = min(members, key=lambda member: member.size)
@@ -180,9 +185,14 @@ def _superblock(wishes: Wishes, geometry: Geometry, found: Areas, count: int) ->
 async def _write(
     superblock: Superblock, members: Sequence[Member], *, assume_clean: bool
 ) -> Superblock:
+    for member in members:
+        await erase_label(member)  # of all of them, before anything of an array there before is
     async with trio.open_nursery() as nursery:
         for member in members:
             nursery.start_soon(blank, member, superblock)
+    if Flag.INTEGRITY in superblock.flags and not superblock.geometry.redundancy:
+        for member in members:  # there is nothing that could make its checksums fit later
+            await write_zeroes(member, superblock.data_offset, superblock.geometry.member_bytes)
     if Flag.DIRTY in superblock.flags and await _zeroed(superblock, members):
         superblock = replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
     if Flag.DIRTY not in superblock.flags:
@@ -210,7 +220,7 @@ async def blank(member: Member, superblock: Superblock) -> None:
     await write_zeroes(member, BAD_BLOCKS_OFFSET, BAD_BLOCKS_BYTES)
     await blank_journal(member, superblock)
     if superblock.checksums_offset:
-        length = areas.checksums_bytes(superblock.geometry.member_bytes)
+        length = areas.checksums_bytes(areas.summed_bytes(superblock))
         await write_zeroes(member, superblock.checksums_offset, length)
     await member.flush()
 

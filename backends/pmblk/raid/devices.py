@@ -36,6 +36,7 @@ class Devices:
 
     `rebuilt[slot]` is the number of chunks that a rebuild has filled; who is not in it is whole.
     `needed(slot, error)` is told of every round that failed where nobody can make up for it.
+    `told()` waits until members that others than `fail` have let go of are announced as well.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Devices:
         self.needed: Needed | None = None
         self._failing = trio.Lock()
         self.errors: Counter[int] = Counter()  # rounds that failed, by slot, of who is in it
+        self.told: Callable[[], Awaitable[None]] | None = None
         self._refusal: OSError | None = None
 
     @property
@@ -131,10 +133,13 @@ class Devices:
     ) -> list[_Result]:
         """What failed: the slot, the member who was in it, and the error."""
         results: list[_Result] = []
+        members = {slot: self.members[slot] for slot in slots}  # whoever comes later may lack it
 
         async def one(slot: int) -> None:
-            member = self.members[slot]
-            if member is None:  # it failed since the round was planned
+            member = members[slot]
+            if (
+                member is None or member is not self.members[slot]
+            ):  # it failed since the round was planned
                 results.append((slot, None, Gone()))
                 return
             try:
@@ -195,6 +200,8 @@ class Devices:
                     continue
                 await self._put_out(slot, member, error)
             self._check()
+        if self.told is not None:
+            await self.told()
         return stay
 
     async def _put_out(self, slot: int, member: Member, error: OSError) -> None:

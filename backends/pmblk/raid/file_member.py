@@ -45,7 +45,7 @@ class FileMember(Member):
     def __init__(self, place: str, fd: int, *, timeout_seconds: float) -> None:
         self.place = place
         self.block_bytes = _block_bytes(fd)
-        self.size = os.lseek(fd, 0, os.SEEK_END) // self.block_bytes * self.block_bytes
+        self.size = self._size_of(fd)
         self._file = _SharedFile(fd)
         self._is_regular = _is_regular(fd)
         self.inline = syscalls.file_system(fd) in IN_MEMORY and self._is_regular
@@ -106,6 +106,13 @@ class FileMember(Member):
             with self._file as fd:
                 piece = min(PUNCH_BYTES, offset + length - position)
                 syscalls.punch_hole(fd, position, piece)
+
+    async def refresh(self) -> None:
+        with self._file as fd:
+            self.size = self._size_of(fd)
+
+    def _size_of(self, fd: int) -> int:
+        return os.lseek(fd, 0, os.SEEK_END) // self.block_bytes * self.block_bytes
 
     def close(self) -> None:
         self._threads.close()

@@ -41,6 +41,7 @@ class Intents:
         assert self._regions <= bitmap.REGIONS_MAX
         self._marked = np.zeros(self._regions, dtype=np.bool_)
         self._doubtful = np.zeros(self._regions, dtype=np.bool_)
+        self._failed: set[int] = set()  # in doubt since this start
         self._durable = bytearray(self._regions)
         self._waiting: set[int] = set()  # marked for somebody, and in no store yet
         self._writers: dict[int, int] = {}  # in flight, by region
@@ -78,6 +79,7 @@ class Intents:
                 yield
             except BaseException:
                 self._doubtful[list(regions)] = True
+                self._failed |= regions
                 raise
         finally:
             self._recent |= regions
@@ -89,12 +91,41 @@ class Intents:
 
     def doubt(self, ranges: Iterable[tuple[int, int]]) -> None:
         """A write there has failed: copies or parity may differ until a resync has been there."""
-        self._doubtful[list(bitmap.regions_of(ranges, self.region_bytes))] = True
+        regions = bitmap.regions_of(ranges, self.region_bytes)
+        self._doubtful[list(regions)] = True
+        self._failed |= regions
+
+    @property
+    def has_doubts(self) -> bool:
+        """Whether a resync has to look at anything."""
+        return bool(self._doubtful.any())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a write has failed since this start."""
+        return bool(self._failed)
 
     async def mark_all(self) -> None:
         """Every region, durably, and in doubt. Raises OSError."""
         self._doubtful[:] = True
         await self._mark(range(self._regions))
+
+    async def extend(self, size: int, *, doubtful: bool) -> None:
+        """The array is going to be larger; `doubtful`: the new part is marked. Raises OSError."""
+        regions = -(-size // self.region_bytes)
+        assert size >= self.size
+        assert regions <= bitmap.REGIONS_MAX
+        added = regions - self._regions
+        new = bitmap.regions_of([(self.size, size - self.size)], self.region_bytes)
+        self.size, self._regions = size, regions
+        none = np.zeros(added, dtype=np.bool_)
+        self._marked = np.concatenate([self._marked, none])
+        self._doubtful = np.concatenate([self._doubtful, none])
+        self._durable += bytes(added)
+        if doubtful:
+            self._doubtful[list(new)] = True
+            await self._mark(new)
+        await self.store_all()
 
     async def store_all(self) -> None:
         """Every block, for a member that has missed some. Raises OSError."""
@@ -110,11 +141,13 @@ class Intents:
         go. Raises OSError.
 
         Of a region that clients have written, only the doubt goes: its mark goes after a flush.
+        Where a write has failed since this start, the doubt stays for the next one.
         """
         end = offset + length
         last = self._regions if end >= self.size else end // self.region_bytes
         within = slice(-(-offset // self.region_bytes), last)
         self._doubtful[within] = False
+        self._doubtful[list(self._failed)] = True  # perhaps after the resync had passed
         async with self._storing:
             await self._take_back(np.flatnonzero(self._marked[within]) + within.start)
 

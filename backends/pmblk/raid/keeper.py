@@ -48,6 +48,7 @@ class Keeper:
         self.seats = dict(seats)
         self._out = out
         self._changing = trio.Lock()
+        self._losing = False  # somebody was dropped, and the others are not told yet
         self._refusal: OSError | None = None
 
     def entry(self, number: int) -> Entry:
@@ -65,6 +66,7 @@ class Keeper:
     async def change_roles(self, change: Change) -> None:
         """`change` makes the new superblock of the one in force. Raises OSError."""
         async with self._changing:
+            await self._settle_first()
             superblock = change(self.superblock)
             if superblock is not None:
                 await self._settle(superblock)
@@ -77,6 +79,33 @@ class Keeper:
                 await self._settle(_with_state(self.superblock, number, State.FAULTY))
             if self._refusal is not None:
                 raise self._refusal
+
+    async def told(self) -> None:
+        """Everybody who was dropped here is known to be out. Raises OSError, for ever, when that
+        cannot be: nothing that skipped them may count.
+        """
+        if self._losing:
+            async with self._changing:
+                pass
+        self._check()
+
+    async def settle_again(self) -> None:
+        """The roles in force to all, who may not all know them: a change was cut off once."""
+        async with self._changing:
+            await self._settle_first()
+
+    async def _settle_first(self) -> None:
+        """As long as not all know the newest roles, another change would leave some two behind."""
+        if self.superblock.events and Flag.SETTLED not in self.superblock.flags:
+            await self._spread(_again(self.superblock))
+
+    async def do(self, what: "Callable[[int, Seat], Any]") -> None:
+        """Every member does it, spares too; who fails at it is out. Raises OSError."""
+        seats = dict(self.seats)
+        failures = await self._each(what)
+        async with self._changing:
+            there = {n: error for n, error in failures.items() if self.seats.get(n) is seats.get(n)}
+            await self._lose(there)
 
     async def store(self, offset: int, view: memoryview, *, durable: bool) -> None:
         """The same bytes on every member that holds data, outside of the data. Raises OSError."""
@@ -111,6 +140,10 @@ class Keeper:
         )
         if all(entry.state is State.ACTIVE for entry in superblock.slots):
             superblock = replace(superblock, whole_events=superblock.events)
+        await self._spread(superblock)
+
+    async def _spread(self, superblock: Superblock) -> None:
+        self._check()
         self.superblock = superblock
         failures = await self._write(superblock)
         if not failures:
@@ -123,14 +156,17 @@ class Keeper:
         if not failures:
             return
         superblock = self.superblock
-        for number, error in failures.items():
+        for number in failures:  # all of them can be let go, or none is
             if not self._can_lose(superblock, number):
-                self._refusal = error
-                raise error
+                self._refusal = failures[number]
+                raise failures[number]
             superblock = _with_state(superblock, number, State.FAULTY)
+        self._losing = True
+        for number, error in failures.items():
             self.seats.pop(number).member.close()
             self._out(number, error)
         await self._settle(superblock)
+        self._losing = False
 
     def _can_lose(self, superblock: Superblock, number: int) -> bool:
         geometry = superblock.geometry

@@ -57,6 +57,12 @@ class Member(abc.ABC):
         Whole blocks. Raises OSError; EOPNOTSUPP where only writing zeroes would do.
         """
 
+    async def refresh(self) -> None:
+        """The device may have become larger: `size` is what it has now. Raises OSError.
+
+        Nothing happens where that cannot be asked again.
+        """
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let the device go. No error."""

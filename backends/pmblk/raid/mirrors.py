@@ -12,6 +12,7 @@ import msgspec
 
 from pmblk.raid.buffers import aligned, scratch
 from pmblk.raid.devices import Devices, Range
+from pmblk.raid.geometry import Geometry
 from pmblk.raid.layout import Place, copies
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Request
@@ -35,6 +36,10 @@ class Mirrors:
         self._devices = devices
         self._geometry = devices.geometry
         self.locks = self._locks = RowLocks()  # sweeps take them too
+
+    def extend(self, geometry: Geometry) -> None:
+        """Every chunk that there was stays where it was."""
+        self._geometry = geometry
 
     # ---- reading
 

@@ -8,12 +8,13 @@ that does not take a write is failed, durably, before the write counts.
 """
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
 from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.geometry import Geometry
 from pmblk.raid.journaling import Journaling
 from pmblk.raid.layout import Stripes
 from pmblk.raid.locks import RowLocks
@@ -50,29 +51,90 @@ class Rows:
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
 
+    def extend(self, geometry: Geometry) -> None:
+        """Every chunk that there was stays where it was."""
+        self._geometry = geometry
+
     # ---- reading
 
     async def read(self, offset: int, target: memoryview) -> None:
         """Whole blocks into aligned memory. Raises OSError (EIO) for what is lost."""
-        direct: Batch = {}
-        indirect: list[tuple[int, Part]] = []
+        rows: dict[int, list[Part]] = {}
         for row, part in self._cut(offset, target, 0):
-            slot = self._stripes[row].data[part.piece.index]
-            if slot in self._devices.unreadable(row):
-                indirect.append((row, part))
+            rows.setdefault(row, []).append(part)
+        lacking = {row: parts for row, parts in rows.items() if self._lacks(row, parts)}
+        await self._read_direct({row: parts for row, parts in rows.items() if row not in lacking})
+        if lacking:
+            async with self._locks.hold(lacking):
+                await self._read_lacking(lacking)
+
+    def _slot(self, row: int, part: Part) -> int:
+        return self._stripes[row].data[part.piece.index]
+
+    def _lacks(self, row: int, parts: Iterable[Part]) -> bool:
+        unreadable = self._devices.unreadable(row)
+        return any(self._slot(row, part) in unreadable for part in parts)
+
+    async def _read_direct(self, rows: Mapping[int, Sequence[Part]]) -> None:
+        """From where they lie; what fails is made from the rest of its row."""
+        batch: Batch = {}
+        for row, parts in rows.items():
+            for part in parts:
+                self._ask(batch, row, self._slot(row, part), part.piece.start, part.view)
+        failures = await self._devices.read(batch)
+        for row, parts in rows.items() if failures else ():
+            for part in parts:
+                if self._slot(row, part) in failures:
+                    async with self._locks.hold((row,)):
+                        await self._read_locked(row, part.piece, part.view)
+
+    async def _read_lacking(self, rows: Mapping[int, Sequence[Part]]) -> None:
+        """Rows of which a wanted chunk is with nobody, in one round; their locks are held.
+
+        What is wanted anyway is read once, and serves to make the rest too.
+        """
+        batch: Batch = {}
+        sums = [made for row, parts in rows.items() for made in self._plan_row(batch, row, parts)]
+        if await self._devices.read(batch):
+            for row, parts in rows.items():
+                for part in parts:
+                    await self._read_locked(row, part.piece, part.view)
+            return
+        for factors, sources, view in sums:
+            combine([factors], [numbers(source) for source in sources], [numbers(view)])
+
+    def _plan_row(
+        self, batch: Batch, row: int, parts: Sequence[Part]
+    ) -> Iterator[tuple[Sequence[int], Sequence[memoryview], memoryview]]:
+        """Adds what is to be read of a row; yields the sum that makes each part nobody has.
+
+        Raises OSError (EIO).
+        """
+        lost = self._devices.unreadable(row)
+        there = {self._slot(row, part): part for part in parts}
+        for slot, part in there.items():
+            if slot not in lost:
+                self._ask(batch, row, slot, part.piece.start, part.view)
+        extra: dict[tuple[int, int, int], memoryview] = {}
+        for slot, part in there.items():
+            if slot not in lost:
                 continue
-            place = self._devices.place(row, part.piece.start)
-            direct.setdefault(slot, []).append(Request(place, part.view))
-        failures = await self._devices.read(direct)
-        if failures:
-            indirect += [
-                (row, part)
-                for row, part in self._cut(offset, target, 0)
-                if self._stripes[row].data[part.piece.index] in failures
-            ]
-        for row, part in indirect:
-            async with self._locks.hold((row,)):
-                await self._read_locked(row, part.piece, part.view)
+            try:
+                made = recipe(self._stripes[row], lost=lost, wanted=[slot])
+            except TooManyLost as error:
+                raise OSError(errno.EIO, f"row {row}: {error}") from error
+            start, end = part.piece.start, part.piece.end
+            sources = []
+            for source in made.sources:
+                view = _within(there.get(source), start, end) or extra.get((source, start, end))
+                if view is None:
+                    view = extra[source, start, end] = scratch(end - start)
+                    self._ask(batch, row, source, start, view)
+                sources.append(view)
+            yield made.rows[slot], sources, part.view
+
+    def _ask(self, batch: Batch, row: int, slot: int, start: int, view: memoryview) -> None:
+        batch.setdefault(slot, []).append(Request(self._devices.place(row, start), view))
 
     def _cut(self, offset: int, view: memoryview, write: int) -> Iterable[tuple[int, Part]]:
         position = 0
@@ -331,6 +393,13 @@ class Rows:
             )
             for slot, view in zip(segment.parity, outputs, strict=True):
                 batch.setdefault(slot, []).append(Request(place, view))
+
+
+def _within(part: Part | None, start: int, end: int) -> memoryview | None:
+    """Those bytes of its chunk, if all of them are in the part."""
+    if part is None or not part.piece.start <= start < end <= part.piece.end:
+        return None
+    return part.view[start - part.piece.start : end - part.piece.start]
 
 
 def _lay(layers: list[dict[int, list[Part]]], row: int, part: Part) -> None:

@@ -9,19 +9,21 @@ start (`assembly`), how it is opened (`assembling`).
 
 import errno
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec.structs import replace
 
 from pmblk.errors import PmblkError
-from pmblk.raid.areas import checksums_bytes
+from pmblk.raid.areas import end_of
 from pmblk.raid.array import Array
 from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.checksummed import checksummed_of
 from pmblk.raid.creation import blank, blank_journal
 from pmblk.raid.events import Event, MemberFailed, MemberNeeded, StateChanged, Tell, nobody
+from pmblk.raid.geometry import Geometry
+from pmblk.raid.growing import Growing, check_quiet, more_members
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
 from pmblk.raid.labels import Label, read_label
@@ -67,8 +69,6 @@ class RunningArray:
         geometry = superblock.geometry
         self.name = superblock.name
         self.uuid = superblock.array
-        self.geometry = geometry
-        self.size = geometry.size
         self._opener = opener
         self._wrap = wrap
         self._tell = tell
@@ -90,7 +90,9 @@ class RunningArray:
         )
         self._devices = self.array.devices
         self._devices.needed = self._needed
+        self._devices.told = self._keeper.told
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace(), tell=self._happened)
+        self._growing = Growing(self.array, self._keeper, self._upkeep)
 
     def _make_intents(self, superblock: Superblock) -> Intents | None:
         if not superblock.bitmap_chunk_bytes:
@@ -99,7 +101,17 @@ class RunningArray:
         async def store(offset: int, view: memoryview) -> None:
             await self._keeper.store(BITMAP_OFFSET + offset, view, durable=True)
 
-        return Intents(size=self.size, region_bytes=superblock.bitmap_chunk_bytes, store=store)
+        return Intents(
+            size=superblock.geometry.size, region_bytes=superblock.bitmap_chunk_bytes, store=store
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.array.geometry
+
+    @property
+    def size(self) -> int:
+        return self.array.size
 
     @property
     def superblock(self) -> Superblock:
@@ -113,7 +125,7 @@ class RunningArray:
 
         `dirty`: it was not stopped cleanly. Nobody reads or writes before this has returned.
         """
-        await self._settle_roles(dirty=dirty)
+        await self._settle_roles()
         for slot, entry in enumerate(self.superblock.slots):
             if entry.state is State.REBUILDING and slot in self._keeper.seats:
                 done = entry.checkpoint // self.geometry.chunk_bytes
@@ -153,10 +165,10 @@ class RunningArray:
         """What the journal could not mend is an error from now on, and never made up."""
         for slot, offset, length in replayed.lost:
             known = bad_blocks_of(self._devices.members[slot])
-            assert known is not None, "every member has its log of bad blocks"
-            await known.lose(offset, length)
+            if known is not None:  # or it was let go of meanwhile
+                await known.lose(offset, length)
 
-    async def _settle_roles(self, *, dirty: bool) -> None:
+    async def _settle_roles(self) -> None:
         """Whoever is missing is counted out, durably, before anything is written without it."""
         missing = [
             slot
@@ -168,13 +180,15 @@ class RunningArray:
             for slot in missing:
                 faulty = replace(superblock.entries[slot], state=State.FAULTY)
                 superblock = with_entry(superblock, slot, faulty)
-            if not dirty and Flag.JOURNAL not in superblock.flags:
+            if Flag.JOURNAL not in superblock.flags:  # nobody knows what was written below it
                 superblock = replace(superblock, resync_position=0)
             return replace(superblock, flags=superblock.flags | Flag.DIRTY)
 
         for slot in missing:
             self._left(slot, "it was missing at the start")
-        if missing or Flag.SETTLED not in self.superblock.flags:
+        if Flag.SETTLED not in self.superblock.flags:
+            await self._keeper.settle_again()
+        if missing:
             await self._keeper.change_roles(change)
         else:
             await self._keeper.update(change)
@@ -185,18 +199,23 @@ class RunningArray:
         for number, seat in self._keeper.seats.items():
             if self._keeper.entry(number).state is State.ACTIVE:
                 view = buffer(BITMAP_BYTES)
-                await seat.member.read((Request(BITMAP_OFFSET, view),))
-                found.append(bytes(view))
+                try:
+                    await seat.member.read((Request(BITMAP_OFFSET, view),))
+                    found.append(bytes(view))
+                except OSError:
+                    found.append(b"\xff" * BITMAP_BYTES)  # it cannot say: the others may
         return found
 
     def _doubtful(self) -> tuple[tuple[int, int], ...]:
         """Where copies or parity may not fit after an unclean stop: offsets and lengths.
 
-        A journal leaves nothing in doubt but what was never made right since the array was made.
+        A journal leaves nothing in doubt but what was never made right since the array was made,
+        and writes that have failed.
         """
         if not self.geometry.redundancy:
             return ()
-        if self._intents is not None and self.array.journal is None:
+        marks = self.array.journal is None or Flag.DOUBT in self.superblock.flags
+        if self._intents is not None and marks:
             return tuple(self._intents.dirty_ranges())
         done = self.superblock.resync_position
         return ((done, self.size - done),) if done < self.size else ()
@@ -212,13 +231,23 @@ class RunningArray:
         """
         try:
             await self.array.flush()
-            if not self._upkeep.resync:
-                if self._intents is not None:
-                    await self._intents.clear_idle(self.array.flush)
-                    await self._intents.clear_idle(self.array.flush)  # none was written since
-                await self._keeper.update(_clean)
+            await self._upkeep.end_session()
+            if self._intents is not None:
+                await self._intents.clear_idle(self.array.flush)
+                await self._intents.clear_idle(self.array.flush)  # none was written since
+            await self._keeper.update(self._stopped)
         finally:
             self.close()
+
+    def _stopped(self, superblock: Superblock) -> Superblock:
+        """Clean, unless something is left for a resync."""
+        doubts = self._upkeep.unresolved or (self._intents is not None and self._intents.has_doubts)
+        flags = superblock.flags & ~Flag.DOUBT
+        if doubts:
+            flags |= Flag.DOUBT
+        if not (doubts or self._upkeep.resync):
+            flags &= ~Flag.DIRTY
+        return replace(superblock, flags=flags)
 
     def close(self) -> None:
         """Let the members go, as they are."""
@@ -318,7 +347,7 @@ class RunningArray:
         member = await self._opener(place)
         try:
             label = await self._told(read_label(member))
-            needed = needed_bytes(self.superblock)
+            needed = end_of(self.superblock)
             if member.size < needed:  # also one that comes back, and was cut short meanwhile
                 raise PmblkError(
                     f"{place} is too small: {member.size} bytes of {needed}",
@@ -331,25 +360,43 @@ class RunningArray:
                         f"{place} is a member of another array ({found.name}, {found.array})",
                         hint="erase it (pmblk raid erase), if nobody needs that",
                     )
+                self._refuse_copy(place, found)
                 slot = self._slot_to_return_to(found)
-                if slot is not None:
-                    await self._take_back(slot, member, label.stale_slot)
+                if slot is not None and await self._take_back(slot, member, label.stale_slot):
                     return
             await self._add_spare(place, member, label)
         except BaseException:
             member.close()
             raise
 
+    def _refuse_copy(self, place: str, found: Superblock) -> None:
+        for number, entry in enumerate(self.superblock.entries):
+            if entry.member == found.member and number in self._keeper.seats:
+                raise PmblkError(
+                    f"{place} says that it is {self._places.get(entry.member)}: one is a copy, or "
+                    "both are the same device",
+                    hint="erase its superblock, if it is another device",
+                )
+
     def _slot_to_return_to(self, found: Superblock) -> int | None:
         """Where its bytes still are what the array holds, but for what is marked since."""
         for slot, entry in enumerate(self.superblock.slots):
             if entry.member == found.member and entry.state is State.FAULTY:
-                knows = found.events >= self.superblock.whole_events
+                knows = found.events >= self.superblock.whole_events and not self._went_alone(found)
                 was_whole = found.entries[slot] == Entry(found.member, State.ACTIVE)
                 return slot if self._intents is not None and knows and was_whole else None
         return None
 
-    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
+    def _went_alone(self, found: Superblock) -> bool:
+        """It counts somebody out who is here: it was written to without them."""
+        theirs = {entry.member: entry.state for entry in found.entries}
+        return any(
+            entry.state is State.ACTIVE and theirs.get(entry.member) is not State.ACTIVE
+            for entry in self.superblock.slots
+        )
+
+    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> bool:
+        """False: a spare has the slot by now."""
         assert self._intents is not None
         await self._told(blank_journal(member, self.superblock))
         await self._told(self._upkeep.end_session())
@@ -364,11 +411,17 @@ class RunningArray:
             return with_entry(superblock, slot, entry)
 
         await self._told(self._keeper.change_roles(change))
+        seat = self._keeper.seats.get(slot)
+        if seat is None:
+            raise PmblkError(f"{member.place} failed at once", hint="see pmblk raid status")
+        if seat.member is not wrapped:
+            return False
         self._places[entry.member] = member.place
         self._reasons.pop(entry.member, None)
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
         self._upkeep.hurry()
+        return True
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
@@ -401,11 +454,9 @@ class RunningArray:
             raise PmblkError(
                 f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
             )
-        if all(seat.member.place != new for seat in self._keeper.seats.values()):
-            await self.add(new)
-        number = self._number_of(new)
-        if self._keeper.entry(number).state is not State.SPARE:
-            raise PmblkError(f"{new} is no spare", hint="name a spare, or a device to add")
+        number = await self._spare(new)
+        if self._devices.members[slot] is not before or slot in self._devices.rebuilt:
+            raise PmblkError(f"{old} has failed meanwhile", hint=f"{new} is a spare now")
         seat = self._keeper.seats[number]
         self._devices.members[slot] = Replacing(before, seat.member)
         self._upkeep.replacements[slot] = number
@@ -423,6 +474,32 @@ class RunningArray:
     def stop_scrub(self) -> None:
         """What it has found so far stays."""
         self._upkeep.stop_scrub()
+
+    async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
+        """To a size, or to all that the members have room for; or over more members."""
+        if add and size is not None:
+            raise PmblkError("a size and more members are two steps", hint="name one of them")
+        if not add:
+            await self._told(self._growing.enlarge(size))
+            return
+        if self.geometry.level != 1:
+            raise PmblkError(
+                f"level {self.geometry.level} gets no more members",
+                hint="make a larger array, and copy what is on this one",
+            )
+        more_members(self.geometry, len(add))
+        check_quiet(self.superblock, self._upkeep)
+        numbers = [await self._spare(place) for place in add]
+        await self._told(self._growing.mirror(numbers))
+
+    async def _spare(self, place: str) -> int:
+        """The number of its entry; it is added if it is none of ours yet. Raises PmblkError."""
+        if all(seat.member.place != place for seat in self._keeper.seats.values()):
+            await self.add(place)
+        number = self._number_of(place)
+        if self._keeper.entry(number).state is not State.SPARE:
+            raise PmblkError(f"{place} is no spare", hint="name a spare, or a device to add")
+        return number
 
     async def _told(self, work: Awaitable[T]) -> T:
         """Errors of members, in words for people."""
@@ -508,18 +585,6 @@ class RunningArray:
 def _bad_blocks(seat: Seat | None) -> int:
     known = None if seat is None else bad_blocks_of(seat.member)
     return 0 if known is None else known.count
-
-
-def _clean(superblock: Superblock) -> Superblock:
-    return replace(superblock, flags=superblock.flags & ~Flag.DIRTY)
-
-
-def needed_bytes(superblock: Superblock) -> int:
-    """What a member has to have at least."""
-    end = superblock.data_offset + superblock.geometry.member_bytes
-    if superblock.checksums_offset:
-        end = superblock.checksums_offset + checksums_bytes(superblock.geometry.member_bytes)
-    return end
 
 
 def _journal_area(superblock: Superblock) -> tuple[int, int] | None:

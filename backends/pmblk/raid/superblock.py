@@ -55,8 +55,9 @@ class Flag(enum.IntFlag):
     DIRTY = 1 << 0  # written to since the last clean stop: parity may not fit
     INTEGRITY = 1 << 1  # a CRC-32C is kept for each 4 KiB block
     JOURNAL = 1 << 2  # stripes are journaled, so that no write hole is left
-    RESHAPING = 1 << 3  # `reshape_members` are on their way, whole up to `reshape_position`
+    RESHAPING = 1 << 3  # the data are on their way to the geometry, from that of fewer members
     SETTLED = 1 << 4  # every member that stays has these roles
+    DOUBT = 1 << 5  # writes have failed: what the bitmap marks may not fit, journal or not
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -75,6 +76,9 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
 
     `resync_position`: up to there parity and copies were made right since the last unclean stop;
     with a journal, since the array was made.
+    `reshape_members` are those that an array under RESHAPING had before, and `reshape_offset` is
+    where their data began; up to `reshape_position`, in bytes of the array, all is where the
+    geometry says.
     `whole_events`: what `events` was when every slot was whole last. Who left then or later lacks
     no more than what the write-intent bitmap names.
     """
@@ -93,6 +97,7 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     resync_position: int = 0
     reshape_position: int = 0
     reshape_members: int = 0
+    reshape_offset: int = 0
     bitmap_chunk_bytes: int = 0
     journal_offset: int = 0
     journal_bytes: int = 0
@@ -139,8 +144,8 @@ _IDENTITY = struct.Struct("<8sII16s16s64sQQQQ")
 # level, layout, members, copies, chunk bytes, member bytes, data offset
 _SHAPE = struct.Struct("<BBHHxxIQQ")
 # flags, resync position, reshape position, reshape members, bitmap chunk, journal offset and bytes,
-# checksums offset, entries, whole events
-_STATE = struct.Struct("<IxxxxQQIIQQQI4xQ")
+# checksums offset, entries, whole events, reshape offset
+_STATE = struct.Struct("<IxxxxQQIIQQQI4xQQ")
 _ENTRY = struct.Struct("<16sB7xQ")
 _SHAPE_OFFSET = 192
 _STATE_OFFSET = 256
@@ -149,7 +154,7 @@ _CRC_OFFSET = 8
 
 assert _IDENTITY.size == 144 <= _SHAPE_OFFSET
 assert _SHAPE.size == 28 <= _STATE_OFFSET - _SHAPE_OFFSET
-assert _STATE.size == 72 <= _ENTRIES_OFFSET - _STATE_OFFSET
+assert _STATE.size == 80 <= _ENTRIES_OFFSET - _STATE_OFFSET
 assert _ENTRY.size == 32
 assert _ENTRIES_OFFSET + ENTRIES_MAX * _ENTRY.size <= BLOCK_BYTES
 
@@ -183,6 +188,7 @@ def encode(superblock: Superblock) -> bytes:
         superblock.bitmap_chunk_bytes,
         *(superblock.journal_offset, superblock.journal_bytes),
         *(superblock.checksums_offset, len(entries), superblock.whole_events),
+        superblock.reshape_offset,
     )
     for number, entry in enumerate(entries):
         place = _ENTRIES_OFFSET + number * _ENTRY.size
@@ -216,7 +222,7 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
     level, layout, members, copies, chunk_bytes, member_bytes, data_offset = shape
     state = _STATE.unpack_from(block, _STATE_OFFSET)
     flags, resync, reshape, reshape_members, bitmap_chunk, journal, length, checksums, *rest = state
-    count, whole_events = rest
+    count, whole_events, reshape_offset = rest
     if unknown := flags & ~int(~Flag(0)):
         raise Unknown(f"features {unknown:#x}, which this program does not know")
     geometry = Geometry(
@@ -244,6 +250,7 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
         resync_position=resync,
         reshape_position=reshape,
         reshape_members=reshape_members,
+        reshape_offset=reshape_offset,
         bitmap_chunk_bytes=bitmap_chunk,
         journal_offset=journal,
         journal_bytes=length,

@@ -20,9 +20,10 @@ from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, trimmed, with_entry
 from pmblk.raid.replacing import Replacing
 from pmblk.raid.status import SweepStatus
-from pmblk.raid.superblock import EMPTY, Entry, State, Superblock
+from pmblk.raid.superblock import EMPTY, Entry, Flag, State, Superblock
 from pmblk.raid.sweep import Pace, Sweep
 
+RETRY_SECONDS = 10  # after work that could not go on
 CLEAR_SECONDS = 5  # how long a region is left alone before its mark is taken back
 
 Checkpoint = Callable[[int], Awaitable[None]]
@@ -36,10 +37,10 @@ class Scrub(msgspec.Struct, frozen=True):
 
 
 class Upkeep:
-    """One for an array in service. `resync`: what may not fit since an unclean stop."""
+    """One for an array in service."""
 
     def __init__(self, array: Array, keeper: Keeper, *, pace: Pace, tell: Tell) -> None:
-        self.resync: Ranges = ()
+        self.unresolved = False  # a resync could not go on
         self.returned: dict[int, Ranges] = {}  # slot: all that it lacks
         self.replacements: dict[int, int] = {}  # slot: number of the entry that takes it over
         self.scrub: Scrub | None = None
@@ -53,6 +54,15 @@ class Upkeep:
         self._tell = tell
         self._sweeping = trio.CancelScope()
         self._wanted = trio.Event()
+
+    @property
+    def resync(self) -> Ranges:
+        """What may not fit since an unclean stop; parity is not to be trusted there."""
+        return self._array.parity_in_doubt
+
+    @resync.setter
+    def resync(self, ranges: Ranges) -> None:
+        self._array.parity_in_doubt = ranges
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -69,6 +79,8 @@ class Upkeep:
         while True:
             await trio.sleep(CLEAR_SECONDS)
             try:
+                if intents.has_failed:
+                    await self._keeper.update(_doubted)
                 await intents.clear_idle(self._array.flush)
             except OSError:
                 pass  # who could not has left, or the array is lost; the marks stay
@@ -109,15 +121,23 @@ class Upkeep:
     async def _work(self) -> None:
         while True:
             wanted = self._wanted
-            await self._seat_spares()
-            self.sweep = self._next_sweep()
-            if self.sweep is None:
-                await wanted.wait()
-                continue
-            await self._do(self.sweep)
+            try:
+                await self._seat_spares()
+                self.sweep = self._next_sweep()
+                if self.sweep is None:
+                    await wanted.wait()
+                    continue
+                whole = await self._do(self.sweep)
+            except OSError:
+                await self._keeper.told()  # members can be told of changes: it may pass
+                whole = False
             self.sweep = None
+            if not whole:
+                with trio.move_on_after(RETRY_SECONDS):
+                    await wanted.wait()
 
-    async def _do(self, sweep: Sweep) -> None:
+    async def _do(self, sweep: Sweep) -> bool:
+        """False: it could not go on."""
         failure: OSError | None = None
         self._tell(SweepBegan(kind=sweep.kind, slot=sweep.slot))
         with trio.CancelScope() as self._sweeping:
@@ -138,6 +158,7 @@ class Upkeep:
                 stopped=self._sweeping.cancelled_caught,
             )
         )
+        return failure is None
 
     def _next_sweep(self) -> Sweep | None:
         array, pace = self._array, self._pace
@@ -146,6 +167,8 @@ class Upkeep:
                 "resync", array, pace=pace, ranges=self.resync, checkpoint=self._resynced_to
             )
         for slot, chunks in array.devices.rebuilt.items():
+            if array.devices.members[slot] is None:
+                continue
             return Sweep(
                 "rebuild",
                 array,
@@ -175,7 +198,8 @@ class Upkeep:
     async def _broken(self, sweep: Sweep, error: OSError) -> None:
         """It cannot go on. What it worked on has left by then, or is given up."""
         if sweep.kind == "resync":
-            self.resync = ()  # what it cannot mend is for reads to find
+            self.resync = ()  # what it cannot mend is for reads to find, and for the next start
+            self.unresolved = True
         elif sweep.kind == "rebuild" and sweep.slot in self._devices.rebuilt:
             await self._devices.fail({sweep.slot: error})
         elif sweep.kind == "replace" and sweep.slot in self.replacements:
@@ -294,6 +318,7 @@ class Upkeep:
         if number is None or not isinstance(member, Replacing) or member.new_error is not None:
             return  # one of them failed at the very end
         await self._array.flush()
+        await self.end_session()
         seats = self._keeper.seats
 
         def change(superblock: Superblock) -> Superblock | None:
@@ -307,6 +332,8 @@ class Upkeep:
             return trimmed(with_entry(with_entry(superblock, number, EMPTY), slot, whole))
 
         await self._keeper.change_roles(change)
+        if self._array.intents is not None:
+            await self._array.intents.store_all()  # spares get no marks
 
     def _call_off(self, slot: int) -> None:
         """The old one goes on alone; the new one is whatever became of it."""
@@ -317,3 +344,10 @@ class Upkeep:
             self._devices.members[slot] = member.old
         if self.sweep is not None and self.sweep.kind == "replace" and self.sweep.slot == slot:
             self._sweeping.cancel()
+
+
+def _doubted(superblock: Superblock) -> Superblock | None:
+    """A journal makes right what a crash cut off, but not a write that has failed."""
+    if Flag.DOUBT in superblock.flags:
+        return None
+    return replace(superblock, flags=superblock.flags | Flag.DOUBT)
