@@ -12,7 +12,7 @@ from pathlib import Path
 from pmblk.raid.status import ArrayStatus
 from pmblkd import control
 from pmblkd.raid_reports import RaidReport
-from tests.harness.command_line import answer, pmblk
+from tests.harness.command_line import pmblk
 from tests.harness.daemon import Daemon
 from tests.harness.programs import program, wait_for
 
@@ -71,6 +71,14 @@ def status(daemon: Daemon) -> ArrayStatus:
     return report.status
 
 
+def ask(daemon: Daemon, command: str, **fields: object) -> ArrayStatus:
+    """As `pmblk raid COMMAND` does, but for a second of Python's start-up."""
+    report = control.ask(
+        daemon.socket, f"raid-{command}", RaidReport, seconds=SWEEP_SECONDS, name=NAME, **fields
+    )
+    return report.status
+
+
 def active(daemon: Daemon) -> list[str | None]:
     """The places of members that are whole, by slot."""
     return [
@@ -96,10 +104,10 @@ def await_idle(daemon: Daemon) -> None:
     wait_for(lambda: status(daemon).sweep is None, seconds=SWEEP_SECONDS)
 
 
-def scrub(daemon: Daemon, *options: str) -> tuple[str, ...]:
+def scrub(daemon: Daemon, *, repair: bool = False) -> tuple[str, ...]:
     """What a scrub finds, from its beginning to its end."""
     ended = daemon.log.count("ended")
-    answer(daemon, "raid", "scrub", NAME, *options)
+    ask(daemon, "scrub", repair=repair)
     wait_for(lambda: daemon.log.count("ended") > ended, seconds=SWEEP_SECONDS)
     found = status(daemon).scrub
     assert found is not None

@@ -48,9 +48,13 @@ Batch = Mapping[int, Sequence[Request]]
 
 
 class Ticket:
-    """A round of writes that waits to be recorded, or has been. `bare`: offsets of full stripes."""
+    """A round of writes that waits to be recorded, or has been. `bare`: offsets of full stripes.
 
-    def __init__(self, batch: Batch, bare: Collection[int]) -> None:
+    One that `is_renewal` is recorded by nobody: who comes after it waits for a new session.
+    """
+
+    def __init__(self, batch: Batch, bare: Collection[int], *, is_renewal: bool = False) -> None:
+        self.is_renewal = is_renewal
         self.writes = {
             slot: [Write(offset, view, offset in bare) for offset, view in requests]
             for slot, requests in batch.items()
@@ -136,8 +140,15 @@ class Journaling:
         To be called when a member comes into a slot, before anything that it gets there counts: its
         log may have records of this session, from before it left.
         """
-        async with self._recording:
-            await self._renew()
+        # In the queue, too: a round behind it that somebody before it has recorded would wait for
+        # its turn, and so for this, which waits until all that is recorded is in place.
+        turn = Ticket({}, (), is_renewal=True)
+        self._queue.append(turn)
+        try:
+            async with self._recording:
+                await self._renew()
+        finally:
+            self._queue.remove(turn)
 
     # ---- recording, one group at a time
 
@@ -166,7 +177,7 @@ class Journaling:
     def _take(self) -> list[Ticket]:
         taken: list[Ticket] = []
         sums: dict[int, int] = {}
-        while self._queue:
+        while self._queue and not self._queue[0].is_renewal:
             for slot, writes in self._queue[0].writes.items():
                 length = sum(len(write.content) for write in writes)
                 sums[slot] = sums.get(slot, 0) + length

@@ -375,6 +375,12 @@ class RunningArray:
         member = await self._opener(place)
         try:
             label = await self._told(read_label(member))
+            needed = end_of(self.superblock)
+            if member.size < needed:  # also one that comes back, and was cut short meanwhile
+                raise PmblkError(
+                    f"{place} is too small: {member.size} bytes of {needed}",
+                    hint="find a larger one",
+                )
             found = label.found
             if isinstance(found, Superblock):
                 if found.array != self.uuid:
@@ -448,11 +454,6 @@ class RunningArray:
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
-        needed = end_of(superblock)
-        if member.size < needed:
-            raise PmblkError(
-                f"{place} is too small: {member.size} bytes of {needed}", hint="find a larger one"
-            )
         if member.block_bytes > 4096:
             raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
         entry = Entry(uuid.uuid4(), State.SPARE)
