@@ -23,11 +23,19 @@ class LateMember(SimMember):
             await super().write(requests)
             return
         landed = trio.Event()
-        nursery.start_soon(self._land, list(requests), landed)
+        errors: list[OSError] = []
+        nursery.start_soon(self._land, list(requests), landed, errors)
         self.entered.set()
         await landed.wait()
+        for error in errors:
+            raise error
 
-    async def _land(self, requests: Sequence[Request], landed: trio.Event) -> None:
+    async def _land(
+        self, requests: Sequence[Request], landed: trio.Event, errors: list[OSError]
+    ) -> None:
         await self.go_on.wait()
-        await super().write(requests)
+        try:
+            await super().write(requests)
+        except OSError as error:
+            errors.append(error)
         landed.set()

@@ -9,6 +9,7 @@ import copy
 import errno
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 import trio
 
@@ -18,7 +19,7 @@ from pmblk.raid.geometry import Geometry
 from pmblk.raid.layout import survives
 from pmblk.raid.member import Hung, Member, Request
 from pmblk.raid.poison import Poison
-from pmblk.raid.replacing import holder
+from pmblk.raid.replacing import goes_on, holders_of
 
 Failures = dict[int, OSError]
 Announce = Callable[[int, OSError], Awaitable[None]]
@@ -179,31 +180,29 @@ class Devices:
 
     async def _read(self, member: Member, requests: Sequence[Request]) -> None:
         if self._poison:
-            self._poison.check(holder(member), requests)
+            self._poison.check(holders_of(member)[0], requests)
         await member.read(requests)
 
     async def _write(self, member: Member, requests: Sequence[Request]) -> None:
         await member.write(requests)
-        if self._poison:
-            self._poison.take_off(holder(member), ranges_of(requests))
+        for one in holders_of(member) if self._poison else ():
+            self._poison.take_off(one, ranges_of(requests))
 
     async def _zero(self, member: Member, ranges: Sequence[Range]) -> None:
         await _zero(member, ranges)
-        if self._poison:
-            self._poison.take_off(holder(member), ranges)
+        for one in holders_of(member) if self._poison else ():
+            self._poison.take_off(one, ranges)
 
     async def _round(
         self, slots: Collection[int], what: Callable[[int, Member], Awaitable[None]]
     ) -> list[_Result]:
         """What failed: the slot, the member who was in it, and the error."""
         results: list[_Result] = []
-        members = {slot: self.members[slot] for slot in slots}  # whoever comes later may lack it
+        planned = {slot: self.members[slot] for slot in slots}  # whoever comes later may lack it
 
         async def one(slot: int) -> None:
-            member = members[slot]
-            if (
-                member is None or member is not self.members[slot]
-            ):  # it failed since the round was planned
+            member = self.members[slot]
+            if not _goes_on(member, planned[slot]):  # it failed since the round was planned
                 results.append((slot, None, Gone()))
                 return
             try:
@@ -229,7 +228,7 @@ class Devices:
         """By slot. Who has left the slot since failed before, and who sits there now has not."""
         failures: Failures = {}
         for slot, member, error in results:
-            if member is None or self.members[slot] is not member:
+            if not _goes_on(self.members[slot], member):
                 failures[slot] = Gone()
                 continue
             self.errors[slot] += 1
@@ -282,18 +281,16 @@ class Devices:
             stay = await self.fail(failures)
         finally:  # also when nobody can be told: reads go on
             for slot in stay:
-                await self._lose(slot, at(slot))
+                member, ranges = self.members[slot], at(slot)
+                for one in holders_of(member) if member is not None and ranges else ():
+                    await self._lose(one, ranges)
         return stay
 
-    async def _lose(self, slot: int, ranges: Sequence[Range]) -> None:
+    async def _lose(self, member: Member, ranges: Sequence[Range]) -> None:
         """Nobody knows what it holds there: reads fail until it is written again.
 
         On the member's log of lost blocks, if it has one that takes them; else for this run.
         """
-        member = self.members[slot]
-        if member is None or not ranges:
-            return
-        member = holder(member)
         self._poison.add(member, ranges)
         log = bad_blocks_of(member)
         if log is not None:
@@ -337,6 +334,11 @@ class Devices:
         """Slots that would not be whole if this one went too."""
         missing = {other for other, member in enumerate(self.members) if member is None}
         return missing | set(self.rebuilt) | {slot}
+
+
+def _goes_on(successor: Member | None, member: Member | None) -> TypeGuard[Member]:
+    """Whether who sits there does what the other one was to do."""
+    return successor is not None and member is not None and goes_on(successor, member)
 
 
 def ranges_of(requests: Sequence[Request]) -> list[Range]:
