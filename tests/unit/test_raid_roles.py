@@ -204,6 +204,29 @@ async def test_a_copy_of_a_member_is_refused_and_that_member_stays() -> None:
         await machine.check(array)
 
 
+async def test_who_went_on_alone_and_removed_the_others_is_a_split_brain() -> None:
+    machine = Machine(16, level=1)
+    await machine.create()
+    async with machine.running() as array:
+        await machine.write(array, 5)
+    leave_only(machine, "m1", "m2", "m3")
+    async with machine.running(degraded=True) as array:
+        for _ in range(3):  # they have seen more changes than the other half will
+            await array.fail("m1")
+            await array.add("m1")
+            await idle(array)
+        await machine.write(array, 5)
+    leave_only(machine, "m0")
+    async with machine.running(degraded=True) as array:
+        await machine.write(array, 5)
+        for other in [one for one in array.status().members if one.state == "faulty"]:
+            await array.remove(str(other.member))
+    leave_only(machine, *machine.members)
+    with pytest.raises(PmblkError, match="split brain: m0 went on without m1, m2, m3"):
+        async with machine.running(degraded=True):
+            pass
+
+
 # ---- members that leave
 
 
