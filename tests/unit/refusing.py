@@ -37,18 +37,20 @@ def between(start: int, end: int) -> Where:
 @contextlib.contextmanager
 def refusing(
     member: SimMember, where: Where, *, reads: bool = False, code: int = errno.EIO
-) -> Iterator[None]:
-    """Writes there are errors as long as the body runs; or reads."""
+) -> Iterator[list[Request]]:
+    """Writes there are errors as long as the body runs; or reads. Gives what was refused so far."""
     move = member.read if reads else member.write
+    refused: list[Request] = []
 
     async def moved(requests: Sequence[Request]) -> None:
         if any(map(where, requests)):
             await trio.lowlevel.checkpoint()
+            refused.extend(requests)
             raise OSError(code, "refused")
         await move(requests)
 
     with _instead(member, moved, reads=reads):
-        yield
+        yield refused
 
 
 @contextlib.contextmanager

@@ -160,6 +160,28 @@ def test_a_member_that_only_slept_is_no_split_brain() -> None:
     assert assemble(candidates(*found)).obstacles == ()
 
 
+@pytest.mark.parametrize(
+    ("events", "flags", "split"),
+    [
+        (6, Flag.SETTLED, True),
+        (8, Flag.SETTLED, True),
+        (5, Flag.SETTLED, False),  # it slept
+        (6, Flag(0), False),  # a change that was cut off
+    ],
+)
+def test_who_went_on_alone_is_found_out_though_it_has_removed_the_others(
+    events: int, flags: Flag, split: bool
+) -> None:
+    current = member(0, level=1, members=2, events=9, states={1: State.FAULTY})
+    left = msgspec.structs.replace(current.entries[1], left_events=6)
+    current = msgspec.structs.replace(current, entries=(current.entries[0], left))
+    alone = member(1, level=1, members=2, events=events, flags=flags, states={0: State.EMPTY})
+    lines = assemble(candidates(current, alone), degraded=True).obstacles
+    assert [line.split(";")[0] for line in lines] == split * [
+        "split brain: /d1 went on without /d0, and they without it"
+    ]
+
+
 # ---- what is missing
 
 

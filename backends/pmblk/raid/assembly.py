@@ -6,7 +6,8 @@ Given what the superblocks of some devices say, in any order. Rules that live he
    left out: others may have been written to without it. There is no margin, with one exception:
    roles that are not SETTLED yet were never acted upon, so who only missed them, and stays, is in.
 2. *Split brain*: a stale member that counted one of the current ones out has been written to
-   without it, and so has that one. Nobody can say whose bytes are right, so nobody starts.
+   without it, and so has that one. Nobody can say whose bytes are right, so nobody starts. The
+   same goes for one that settled roles after it was counted out, whomever it has removed since.
 3. An array starts if every block of it can be had. Missing members have to be allowed.
 4. Parity that may not fit the data (DIRTY) must not be used to make up what is missing.
 
@@ -20,7 +21,9 @@ import msgspec
 
 from pmblk.raid.layout import survives
 from pmblk.raid.superblock import (
+    EMPTY,
     Absent,
+    Entry,
     Flag,
     State,
     Superblock,
@@ -177,6 +180,7 @@ def _unfinished(newest: Superblock) -> Iterable[str]:
 def _split_brain(
     ours: Mapping[str, Superblock], current: Mapping[str, Superblock], newest: Superblock
 ) -> list[str]:
+    entries = {entry.member: entry for entry in newest.entries}
     roles = [(entry.member, entry.state) for entry in newest.entries]
     seated = {found.member: place for place, found in current.items()}
     lines = []
@@ -187,6 +191,8 @@ def _split_brain(
             rivals = ["another member of the same age"] if torn else []
         elif place in current:
             rivals = []
+        elif _went_on(found, entries.get(found.member, EMPTY)):
+            rivals = [*seated.values()]
         else:
             # Whom it does not know came later, and says nothing.
             rivals = [
@@ -198,6 +204,14 @@ def _split_brain(
                 "decide whose bytes count, and assemble without the others"
             )
     return lines
+
+
+def _went_on(found: Superblock, entry: Entry) -> bool:
+    """Whether it has roles that were settled after it was counted out: so by itself. Those that
+    were not were never acted upon.
+    """
+    out = entry.state is State.FAULTY and entry.left_events
+    return bool(out) and Flag.SETTLED in found.flags and found.events >= entry.left_events
 
 
 def _shortage(newest: Superblock, slots: Sequence[str | None], *, degraded: bool) -> Iterable[str]:

@@ -138,6 +138,7 @@ class Keeper:
             events=self.superblock.events + 1,
             flags=superblock.flags & ~Flag.SETTLED,
         )
+        superblock = _counted_out(superblock, before=self.superblock)
         if all(entry.state is State.ACTIVE for entry in superblock.slots):
             superblock = replace(superblock, whole_events=superblock.events)
         await self._spread(superblock)
@@ -218,6 +219,20 @@ def _again(superblock: Superblock, **fields: Any) -> Superblock:
 
 def _with_state(superblock: Superblock, number: int, state: State) -> Superblock:
     return with_entry(superblock, number, replace(superblock.entries[number], state=state))
+
+
+def _counted_out(superblock: Superblock, *, before: Superblock) -> Superblock:
+    """The same with when they left, of those who are faulty now: by that, who goes on alone after
+    it is found out, whomever it forgets.
+    """
+    out = {entry.member for entry in before.entries if entry.state is State.FAULTY}
+    entries = tuple(
+        replace(entry, left_events=superblock.events)
+        if entry.state is State.FAULTY and entry.member not in out
+        else entry
+        for entry in superblock.entries
+    )
+    return replace(superblock, entries=entries)
 
 
 def with_entry(superblock: Superblock, number: int, entry: Entry) -> Superblock:

@@ -61,11 +61,14 @@ class Flag(enum.IntFlag):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One member's role. `checkpoint`: how much of its data area a rebuild has filled."""
+    """One member's role. `checkpoint`: how much of its data area a rebuild has filled.
+    `left_events`: what `events` became as it was counted out, if it is faulty; 0: nobody knows.
+    """
 
     member: uuid.UUID
     state: State
     checkpoint: int = 0
+    left_events: int = 0
 
 
 EMPTY = Entry(uuid.UUID(int=0), State.EMPTY)
@@ -146,7 +149,8 @@ _SHAPE = struct.Struct("<BBHHxxIQQ")
 # flags, resync position, reshape position, reshape members, bitmap chunk, journal offset and bytes,
 # checksums offset, entries, whole events, reshape offset
 _STATE = struct.Struct("<IxxxxQQIIQQQI4xQQ")
-_ENTRY = struct.Struct("<16sB7xQ")
+# member, state, left events, checkpoint
+_ENTRY = struct.Struct("<16sB3xIQ")
 _SHAPE_OFFSET = 192
 _STATE_OFFSET = 256
 _ENTRIES_OFFSET = 1024
@@ -192,7 +196,8 @@ def encode(superblock: Superblock) -> bytes:
     )
     for number, entry in enumerate(entries):
         place = _ENTRIES_OFFSET + number * _ENTRY.size
-        _ENTRY.pack_into(block, place, entry.member.bytes, entry.state, entry.checkpoint)
+        fields = (entry.state, entry.left_events, entry.checkpoint)
+        _ENTRY.pack_into(block, place, entry.member.bytes, *fields)
     struct.pack_into("<I", block, _CRC_OFFSET, crc32c(bytes(block)))
     return bytes(block)
 
@@ -261,8 +266,8 @@ def _decode_fields(block: bytes, identity: list[Any]) -> Superblock:
 
 def _decode_entry(block: bytes, number: int) -> Entry:
     place = _ENTRIES_OFFSET + number * _ENTRY.size
-    member, state, checkpoint = _ENTRY.unpack_from(block, place)
-    return Entry(uuid.UUID(bytes=member), State(state), checkpoint)
+    member, state, left_events, checkpoint = _ENTRY.unpack_from(block, place)
+    return Entry(uuid.UUID(bytes=member), State(state), checkpoint, left_events)
 
 
 def newest(slots: "tuple[bytes, bytes]") -> tuple[Superblock, int]:
