@@ -339,19 +339,24 @@ class Upkeep:
             return  # one of them failed at the very end
         await self._array.flush()
         await self.end_session()
+        if not await member.hand_over():
+            return
         seats = self._keeper.seats
 
         def change(superblock: Superblock) -> Superblock | None:
-            if slot not in self.replacements or member.new_error is not None:
-                return None
+            if slot not in self.replacements:
+                return None  # called off, or one of them has failed
             del self.replacements[slot]
             seats[slot] = seats.pop(number)
-            self._devices.members[slot] = member.new
-            member.close()
             whole = Entry(superblock.entries[number].member, State.ACTIVE)
             return trimmed(with_entry(with_entry(superblock, number, EMPTY), slot, whole))
 
         await self._keeper.change_roles(change)
+        if self._devices.members[slot] is member:
+            self._devices.members[slot] = member.new
+            member.close()
+        elif seats.get(slot) is None:
+            member.new.close()  # it failed with the old one
         if self._array.intents is not None:
             await self._array.intents.store_all()  # spares get no marks
 
