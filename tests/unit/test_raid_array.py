@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from pmblk.raid import buffers
+from pmblk.raid.intents import Intents
 from pmblk.raid.layout import Stripes
 from pmblk.raid.superblock import DATA_OFFSET
 from tests.unit.raid_world import (
@@ -288,3 +289,19 @@ async def test_a_small_write_costs_more_only_while_parity_is_in_doubt() -> None:
         world.amplification()
         await world.write((offset, 4096))
         assert world.amplification() == (members_read * 4096, 2 * 4096)
+
+
+async def test_a_write_that_cannot_be_marked_is_an_error_and_writes_nothing() -> None:
+    async def store(_offset: int, _view: memoryview) -> None:
+        raise OSError(errno.EIO, "nobody takes the mark")
+
+    for shape in ({"level": 1, "members": 2}, {"level": 5, "members": 4}):
+        world = World(1, **shape)
+        await world.write((0, world.array.size))
+        intents = Intents(size=world.array.size, region_bytes=CHUNK, store=store)
+        world.array.intents = intents
+        errors = await world.write((0, 512), (CHUNK, 4096))
+        assert [str(error) for error in errors] == ["[Errno 5] nobody takes the mark"] * 2
+        await world.check()
+        world.assert_whole()
+        assert not intents.has_failed

@@ -239,6 +239,58 @@ async def test_a_failed_write_leaves_either_version_and_no_error() -> None:
     assert bench.member.mismatches == 0
 
 
+class HalfZeroed(SimMember):
+    """Zeroes a part of what it is to zero, and fails; or all of it, and takes no write then."""
+
+    done = 1.0
+    refuses_sums = False
+
+    async def zero(self, offset: int, length: int) -> None:
+        await super().zero(offset, int(length * self.done) // BLOCK * BLOCK)
+        if not self.refuses_sums:
+            raise OSError(errno.EIO, "not all of it")
+
+    async def write(self, requests: Sequence[Request]) -> None:
+        if self.refuses_sums:
+            raise OSError(errno.EIO, "no sums")
+        await super().write(requests)
+
+
+@pytest.mark.parametrize(("done", "refuses_sums"), [(0.0, False), (0.5, False), (1.0, True)])
+async def test_zeroing_that_failed_leaves_either_version_and_no_error(
+    done: float, refuses_sums: bool
+) -> None:
+    bench = Bench(11)
+    bench.sim = sim = HalfZeroed(bench.sim.size, bench.chosen, name="m0")
+    bench.member = bench.again()
+    for offset, length in ((0, 8 * BLOCK), ((4 << 20) - 4 * BLOCK, 8 * BLOCK)):
+        await bench.write(offset, length)
+        sim.done, sim.refuses_sums = done, refuses_sums
+        with pytest.raises(OSError, match="no sums" if refuses_sums else "not all of it"):
+            await bench.member.zero(DATA_OFFSET + offset, length)
+        sim.refuses_sums = False
+        view = buffer(length)
+        for _ in range(2):
+            await bench.member.read((Request(DATA_OFFSET + offset, view),))
+        await bench.again().read((Request(DATA_OFFSET + offset, view),))
+        zeroed = int(length * done)
+        assert not bytes(view[:zeroed]).strip(b"\0")
+        assert bytes(view[zeroed:]) == bytes(bench.model[offset + zeroed : offset + length])
+    assert bench.member.mismatches == 0
+
+
+async def test_where_nothing_can_be_zeroed_nothing_is_in_doubt() -> None:
+    bench = Bench(12)
+    await bench.write(0, 4 * BLOCK)
+    bench.sim.cannot_zero = True
+    with pytest.raises(OSError, match="no way but writing"):
+        await bench.member.zero(DATA_OFFSET, 4 * BLOCK)
+    await bench.read(0, 4 * BLOCK)
+    bench.sim.content[DATA_OFFSET] ^= 1
+    with pytest.raises(OSError, match="is not what was written"):
+        await bench.read(0, BLOCK)
+
+
 # ---- under an array
 
 

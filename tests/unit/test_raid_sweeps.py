@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from pmblk.raid.bad_blocks import remembering
+from pmblk.raid.bad_blocks import BadBlocks, remembering
 from pmblk.raid.layout import Place, Stripes, copies
 from pmblk.raid.member import Hung
 from pmblk.raid.superblock import DATA_OFFSET
@@ -469,6 +469,29 @@ async def test_a_member_that_is_failed_under_a_batch_of_its_rebuild_is_not_whole
     with pytest.raises(OSError, match="has left"):
         await sweep(world, "rebuild", slot=1).run()
     assert 1 not in devices.rebuilt
+
+
+@pytest.mark.parametrize("shape", [{"level": 5, "members": 4}, {"level": 1, "members": 2}])
+async def test_a_member_that_is_failed_while_it_is_told_of_a_loss_leaves_no_trace(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no ghost of it is rebuilt from then on."""
+    world = World(20, **shape)
+    devices = world.array.devices
+    await world.write((0, world.array.size))
+    lose(world, 1)
+    devices.members[1] = await remembering(put_new(world, 1), data_offset=DATA_OFFSET)
+    world.members[0].bad_blocks.add(DATA_OFFSET // 4096 + 1)
+    lose_blocks = BadBlocks.lose
+
+    async def failed_meanwhile(log: BadBlocks, offset: int, length: int) -> None:
+        await lose_blocks(log, offset, length)
+        await devices.fail({1: OSError("by the write of a client")})
+
+    monkeypatch.setattr(BadBlocks, "lose", failed_meanwhile)
+    with pytest.raises(OSError, match="has left"):
+        await sweep(world, "rebuild", slot=1).run()
+    assert not devices.rebuilt
 
 
 @pytest.mark.parametrize("kind", ["check", "rebuild"])

@@ -125,8 +125,11 @@ class Array:
         self._under_way += 1
         try:
             with trio.CancelScope(shield=True):
-                async with self._intended([(offset, len(view)) for offset, view in writes]):
-                    errors = await self._written(writes)
+                try:
+                    async with self._intended([(offset, len(view)) for offset, view in writes]):
+                        errors = await self._written(writes)
+                except OSError as error:  # of the mark, for `_written` returns its own
+                    return [error] * len(writes)  # nothing was written, so nothing is in doubt
                 self._doubt_what_failed(writes, errors)
             return errors
         finally:

@@ -140,6 +140,15 @@ class Work(abc.ABC):
                 raise OSError(errno.EIO, f"{self.name(self.slot, place)}: what was there is lost")
             await log.lose(place, BLOCK_BYTES)
 
+    def filled(self, end: int) -> None:
+        """Clients may read the member that is filled up to that chunk: if it still sits there.
+
+        Raises OSError: whoever came into its slot meanwhile has nothing yet.
+        """
+        self._target()
+        if self.whole:
+            self.devices.rebuilt[self.slot] = end
+
     def _target(self) -> Member:
         member = self.devices.members[self.slot]
         self._filled = self._filled or member

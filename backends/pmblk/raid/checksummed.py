@@ -222,13 +222,20 @@ class Checksummed(Member):
         numbers = [number for number, _, _ in cuts]
         async with self._locks.hold(numbers):
             start = self._offset(numbers[0], cuts[0][1])
-            await self.inner.zero(start, self._offset(numbers[-1], cuts[-1][2]) - start)
             kept: Kept = {}
             for number, first, last in cuts:
                 whole = last - first == SUMS_A_BLOCK
                 kept[number] = _new_sums() if whole else await self._load(number)
-                kept[number][first:last] = 0
-            await self._write_through((), kept)
+            try:
+                await self.inner.zero(start, self._offset(numbers[-1], cuts[-1][2]) - start)
+                for number, first, last in cuts:
+                    kept[number][first:last] = 0
+                await self._write_through((), kept)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:  # some of it is zero, with either checksum
+                    for number, first, last in cuts:
+                        self._doubt(number, _bits(first, last))
+                raise
             for number, first, last in cuts:
                 self._trust(number, _bits(first, last))
 

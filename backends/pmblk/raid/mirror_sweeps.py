@@ -55,8 +55,8 @@ class MirrorSweeps(Work):
                 for row, chunk in chunks.items():
                     lost += await self._make_chunk(row, chunk, first)
             await self.fill(spans(list(chunks)), first=first, lost=lost)
-            if self.kind == "rebuild" and self.whole:
-                self.devices.rebuilt[self.slot] = last
+            if self.kind == "rebuild":
+                self.filled(last)
 
     async def _make_batch(self, chunks: Mapping[int, int], first: int) -> bool:
         """Every chunk from its first readable copy. Whether it failed."""

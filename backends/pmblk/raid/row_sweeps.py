@@ -106,8 +106,7 @@ class RowSweeps(Work):
         except TooManyLost as error:
             raise OSError(errno.EIO, f"slot {self.slot} cannot be rebuilt: {error}") from error
         await self.fill([(first, last)], first=first, lost=lost)
-        if self.whole:
-            self.devices.rebuilt[self.slot] = last
+        self.filled(last)
 
     async def _make_batch(self, first: int, last: int, gone: frozenset[int]) -> bool:
         """The slot's chunks, in its space. Whether it failed."""
