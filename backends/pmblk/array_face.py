@@ -3,7 +3,7 @@
 Places are paths or NBD URIs, sizes and offsets bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from pmblk.raid.geometry import Geometry
@@ -50,7 +50,12 @@ class Running(Protocol):
 
 @runtime_checkable
 class Growable(Protocol):
-    """An array that can grow."""
+    """An array that can grow.
+
+    `resized` is called when the size changes later: data may have to move to new members first.
+    """
+
+    resized: Callable[[], None]
 
     async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
         """`size` None is as much as the members have room for. Raises PmblkError."""

@@ -5,6 +5,7 @@ Stopping and assembling change the service: they are `pmblkd.service`'s.
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -99,6 +100,7 @@ class RaidAnswers:
                 )
             for place in question.add:
                 await self._refuse_ourselves(place)
+            running.resized = partial(self._resized, served)  # if data have to move first
             await running.grow(size=question.size, add=question.add)
             self._resized(served)
         return report_of(served)

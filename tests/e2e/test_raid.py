@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.arrays import config_of
 from tests.harness.command_line import answer, ask, complaint, pmblk
 from tests.harness.daemon import Daemon, scratch
 from tests.harness.file_systems import attached, make, mounted
@@ -43,18 +44,6 @@ def made(level: str, members: int, *options: str, warned: Sequence[str] = ()) ->
         finally:
             if daemon.running:
                 assert daemon.stop() == 0
-
-
-def config_of(directory: Path, places: Sequence[str]) -> str:
-    return f"""
-[[namespace]]
-name = "data"
-raid = {{ members = {json.dumps(places)} }}
-[nbd]
-listen = ["unix:{directory}/nbd.sock"]
-[fuse]
-mountpoint = "{directory}/mnt"
-"""
 
 
 def spares_of(options: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What the control socket is asked about arrays in service; members are simulated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ __all__ = ["opened"]  # a fixture
 
 
 class GrowableRunning(FakeRunning):
+    resized: Callable[[], None] = staticmethod(lambda: None)
+
     async def grow(self, *, size: int | None, add: Sequence[str]) -> None:
         await self._note("grow", size, tuple(add))
         self.size *= 2
@@ -125,6 +127,9 @@ async def test_an_array_grows_and_whoever_keeps_its_size_is_told(
     await ask(made, "raid-grow", question)
     assert running.asked == [("grow", None, ("/m9",))]
     assert resized == ["array"]
+    assert isinstance(running, GrowableRunning)
+    running.resized()  # the data have moved
+    assert resized == ["array", "array"]
     assert served.namespace.size == 2 * before
 
 

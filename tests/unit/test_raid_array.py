@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from pmblk.raid import buffers
+from pmblk.raid.layout import Stripes
 from pmblk.raid.superblock import DATA_OFFSET
 from tests.unit.raid_world import (
     CHUNK,
@@ -247,3 +248,43 @@ async def test_what_is_missing_is_never_made_from_half_a_write() -> None:
                 await trio.lowlevel.checkpoint()
             found = await world.array.read(CHUNK, CHUNK)
             assert found == world.model[missing]
+
+
+@pytest.mark.parametrize(("level", "members"), [(4, 6), (5, 6), (6, 8)])
+async def test_what_is_written_where_parity_is_in_doubt_survives_a_loss(
+    level: int, members: int
+) -> None:
+    """No resync has been there: parity is anything."""
+    for chunk in range(7):
+        world = World(9 + chunk, level=level, members=members)
+        for member in world.members:
+            member.content[DATA_OFFSET:] = world.chosen.randbytes(12 * CHUNK)
+        row = world.geometry.stripe_bytes
+        world.array.parity_in_doubt = [(3 * row, 100), (7 * row + 5, row), (row, row)]
+        assert world.array.parity_in_doubt == [(3 * row, 100), (7 * row + 5, row), (row, row)]
+        extents = [(number * row + chunk % (members - 2) * 4096, 4096) for number in (1, 3, 7, 8)]
+        assert await world.write(*extents) == [None] * 4
+        for offset, length in extents:
+            number, start = divmod(offset, row)
+            slot = Stripes(world.geometry)[number].data[start // CHUNK]
+            world.array.devices.members[slot] = None
+            await world.check(offset, length)
+            world.array.devices.members[slot] = world.members[slot]
+
+
+async def test_a_small_write_costs_more_only_while_parity_is_in_doubt() -> None:
+    world = World(1, level=5, members=6)
+    row = world.geometry.stripe_bytes
+    for ranges, offset, members_read in (
+        ([(0, row)], 0, 4),
+        ([(0, row)], row, 2),
+        ([(2 * row, 1), (0, 2 * row)], row, 4),
+        ([(2 * row, 1), (0, 2 * row)], 2 * row, 4),
+        ([(2 * row, 1), (0, 2 * row)], 3 * row, 2),
+        ([(2 * row, row)], row, 2),
+        ([], 0, 2),
+    ):
+        world.array.parity_in_doubt = ranges
+        world.amplification()
+        await world.write((offset, 4096))
+        assert world.amplification() == (members_read * 4096, 2 * 4096)

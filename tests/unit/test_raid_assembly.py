@@ -208,6 +208,14 @@ def test_a_dirty_array_does_not_make_up_what_is_missing() -> None:
     assert assemble(journaled, degraded=True).obstacles == ()
 
 
+def test_a_dirty_array_does_not_make_up_what_is_not_rebuilt_yet() -> None:
+    found = four(flags=Flag.SETTLED | Flag.DIRTY)
+    entries = (*found[0].entries[:3], Entry(MEMBERS[3], State.REBUILDING))
+    found = [msgspec.structs.replace(one, entries=entries) for one in found]
+    assert "not stopped cleanly" in obstacle(assemble(candidates(*found)))
+    assert assemble(candidates(*found), force=True).obstacles == ()
+
+
 def test_a_dirty_mirror_may_start_degraded() -> None:
     found = [member(0, level=1, members=2, flags=Flag.SETTLED | Flag.DIRTY)]
     assert assemble(candidates(*found), degraded=True).obstacles == ()

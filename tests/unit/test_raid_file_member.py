@@ -98,6 +98,16 @@ async def test_the_end_of_a_file_that_was_cut_is_an_error(member: FileMember, pa
     assert caught.value.errno == errno.EIO
 
 
+async def test_a_file_that_was_cut_is_not_made_longer_again_with_holes_for_what_was_lost(
+    member: FileMember, path: Path
+) -> None:
+    """Reads would find zeroes there, and nobody would make up for them."""
+    os.truncate(path, SIZE - 8192)
+    with pytest.raises(OSError, match="was cut short"):
+        await member.write([Request(SIZE - 4096, filled(4096))])
+    assert path.stat().st_size == SIZE - 8192
+
+
 async def test_a_write_that_the_system_cuts_short_is_an_error(
     member: FileMember, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,15 @@ import pytest
 import trio
 
 from pmblk.errors import PmblkError
+from pmblk.raid.geometry import Geometry
+from pmblk.raid.reshaping import TwoGeometries, rows_at_once
 from pmblk.raid.running import RunningArray
 from tests.unit.test_raid_running import (
     CHUNK,
     ENOUGH,
     LEVELS,
     MEBIBYTE,
+    SIZE,
     Machine,
     idle,
     name,
@@ -120,7 +123,7 @@ async def test_a_crash_while_it_takes_them_leaves_an_array_of_either_size(
             await assert_all_fits(machine, array)
         if done:
             return
-        steps += 1 + steps // 3
+        steps += 1 + steps // 2
 
 
 @pytest.mark.parametrize("shape", PLAIN, ids=name)
@@ -251,3 +254,238 @@ async def test_a_crash_at_any_step_of_adding_a_mirror_loses_nothing() -> None:
         if done:
             return
         steps += 1
+
+
+# ---- more members: data move to them
+
+WIDER: list[dict[str, Any]] = [
+    {"level": 0},
+    {"level": 4},
+    {"level": 5},
+    {"level": 5, "journal": False},
+    {"level": 5, "layout": "right-asymmetric", "integrity": True},
+    {"level": 6},
+]
+
+
+class Writer:
+    """Writes all the time; a write that a crash cuts off may have happened, sector by sector."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.cut_off: tuple[int, bytes] | None = None
+
+    async def run(self, array: RunningArray) -> None:
+        machine = self.machine
+        while isinstance(array.array, TwoGeometries):
+            length = machine.chosen.choice([512, 4096, CHUNK, 5 * CHUNK])
+            offset = machine.chosen.randrange((len(machine.model) - length) // 512) * 512
+            data = machine.chosen.randbytes(length)
+            self.cut_off = offset, data
+            assert await array.array.write([(offset, memoryview(data))]) == [None]
+            machine.model[offset : offset + length] = data
+            self.cut_off = None
+
+    async def settle(self, array: RunningArray) -> None:
+        """After a crash: what the last write has come to."""
+        if self.cut_off is None:
+            return
+        offset, data = self.cut_off
+        found = bytes(await array.array.read(offset, len(data)))
+        for at in range(0, len(data), 512):
+            old = self.machine.model[offset + at : offset + at + 512]
+            assert found[at : at + 512] in (old, data[at : at + 512])
+        self.machine.model[offset : offset + len(data)] = found
+        self.cut_off = None
+
+
+async def filled(machine: Machine, array: RunningArray) -> None:
+    machine.model[:] = machine.chosen.randbytes(array.size)
+    assert await array.array.write([(0, memoryview(bytes(machine.model)))]) == [None]
+
+
+async def reshaped(array: RunningArray) -> None:
+    """Until the data have moved."""
+    with trio.fail_after(60):
+        while isinstance(array.array, TwoGeometries):
+            await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("shape", WIDER, ids=name)
+async def test_data_move_to_more_members_while_clients_write(
+    shape: dict[str, Any], count: int
+) -> None:
+    machine = Machine(10, **shape)
+    await machine.create()
+    told: list[int] = []
+    async with machine.running() as array:
+        array.resized = lambda: told.append(array.size)
+        await filled(machine, array)
+        before = array.geometry
+        new = [machine.new_device() for _ in range(count)]
+        async with clients(machine, array):
+            await array.grow(size=None, add=new)
+            assert array.size == before.size
+            sweep = array.status().sweep
+            assert sweep is None or sweep.kind == "reshape"
+            with pytest.raises(PmblkError, match="it grows already"):
+                await array.grow(size=None, add=())
+            await reshaped(array)
+        assert array.geometry.members == before.members + count
+        assert told == [array.size]
+        assert array.size == before.size // before.data_members * array.geometry.data_members
+        follow(machine, array)
+        await assert_all_fits(machine, array)
+        await machine.write(array, 20)
+    if array.geometry.redundancy:
+        machine.members["m0"].gone = True
+    async with machine.running(degraded=True) as array:
+        await machine.check(array)
+
+
+@pytest.mark.parametrize("shape", WIDER, ids=name)
+async def test_a_crash_at_any_step_of_moving_data_loses_nothing(shape: dict[str, Any]) -> None:
+    """Clients write meanwhile; at each start, too, the machine crashes until one comes through."""
+    seed, steps = 0, 0
+    while steps < 400:
+        machine = Machine(seed, **shape)
+        writer = Writer(machine)
+        await machine.create()
+        new = machine.new_device()
+        with contextlib.suppress(BaseExceptionGroup):
+            async with machine.running(stop=False) as array:
+                await filled(machine, array)
+                machine.fuse.left = steps
+                await array.grow(size=None, add=[new])
+                await writer.run(array)
+        for crash in range(3):
+            machine.fuse.left = machine.chosen.randrange(1, 200) if crash < 2 else ENOUGH
+            with contextlib.suppress(BaseExceptionGroup):
+                async with machine.running(stop=False) as array:
+                    left, machine.fuse.left = machine.fuse.left, ENOUGH
+                    await writer.settle(array)
+                    await machine.check(array)
+                    machine.fuse.left = left
+                    await writer.run(array)
+        machine.fuse.left = ENOUGH
+        async with machine.running() as array:
+            await writer.settle(array)
+            await idle(array)
+            if array.geometry.members == 4:
+                await array.grow(size=None, add=[new])
+                await reshaped(array)
+            follow(machine, array)
+            await assert_all_fits(machine, array)
+        seed, steps = seed + 1, steps + 1 + steps // 2
+
+
+@pytest.mark.parametrize("shape", [one for one in WIDER if one["level"]], ids=name)
+async def test_a_member_that_is_lost_while_data_move_is_made_up_for(shape: dict[str, Any]) -> None:
+    for seed in range(4):
+        machine = Machine(seed, **shape)
+        await machine.create()
+        async with machine.running() as array:
+            await filled(machine, array)
+            new, spare = machine.new_device(), machine.new_device()
+            await array.add(spare)
+            await array.grow(size=None, add=[new])
+            async with clients(machine, array):
+                await trio.sleep(0.01 * seed)
+                machine.members[machine.chosen.choice(["m0", "m3", new])].gone = True
+                await machine.write(array, 3)
+                await reshaped(array)
+            await idle(array)
+            assert array.status().state == "active"
+            assert states(array)[spare] == "active"
+            follow(machine, array)
+            await assert_all_fits(machine, array)
+
+
+async def test_a_stop_in_the_middle_goes_on_at_the_next_start() -> None:
+    machine = Machine(11, level=5)
+    await machine.create()
+    async with machine.running() as array:
+        await filled(machine, array)
+        await array.grow(size=None, add=[machine.new_device()])
+        while not array.superblock.reshape_position:
+            await trio.sleep(0)
+    async with machine.running() as array:
+        position = array.superblock.reshape_position
+        assert 0 < position < array.size
+        await machine.check(array)
+        await machine.write(array, 10)
+        await reshaped(array)
+        follow(machine, array)
+        await assert_all_fits(machine, array)
+
+
+async def test_without_room_in_front_of_the_data_no_member_is_added() -> None:
+    machine = Machine(12, level=0, chunk_bytes=1 << 20)
+    await machine.create()
+    async with machine.running() as array:
+        for _ in range(2):
+            await array.grow(size=None, add=[machine.new_device()])
+            await reshaped(array)
+        follow(machine, array)
+        spare = machine.new_device()
+        with pytest.raises(PmblkError, match="no room left in front of the data"):
+            await array.grow(size=None, add=[spare])
+        await machine.check(array)
+        assert array.geometry.members == 6
+
+
+async def test_who_cannot_be_a_member_is_not_added_and_nothing_moves() -> None:
+    machine = Machine(13, level=5)
+    await machine.create()
+    async with machine.running() as array:
+        with pytest.raises(PmblkError, match="too small"):
+            await array.grow(size=None, add=[machine.new_device(SIZE - MEBIBYTE)])
+        with pytest.raises(PmblkError, match="is no spare"):
+            await array.grow(size=None, add=["m1"])
+        with pytest.raises(PmblkError, match="two steps"):
+            await array.grow(size=array.size, add=["m1"])
+        assert array.geometry.members == 4
+    machine = Machine(14, level=10)
+    await machine.create()
+    async with machine.running() as array:
+        with pytest.raises(PmblkError, match="level 10 gets no more members"):
+            await array.grow(size=None, add=[machine.new_device()])
+
+
+async def test_what_was_lost_before_it_moved_stays_an_error() -> None:
+    machine = Machine(15, level=5)
+    await machine.create()
+    async with machine.running() as array:
+        await filled(machine, array)
+        row = array.superblock.data_offset // 4096
+        for place in ("m0", "m1"):
+            machine.members[place].bad_blocks.add(row)
+        await array.grow(size=None, add=[machine.new_device()])
+        await reshaped(array)
+        lost = []
+        for offset in range(0, len(machine.model), 4096):
+            try:
+                found = await array.array.read(offset, 4096)
+            except OSError:
+                lost.append(offset)
+            else:
+                assert bytes(found) == machine.model[offset : offset + 4096]
+        assert 1 <= len(lost) <= 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 4), (3, 64), (63, 64), (1, 2)])
+def test_no_window_overwrites_what_has_not_moved(before: int, after: int) -> None:
+    """Row by row, for the smallest headroom; new row r lies where old row r - 1 does."""
+    old, new = (
+        Geometry(level=0, members=members, member_bytes=64 << 20, chunk_bytes=CHUNK)
+        for members in (before, after)
+    )
+    moved = 0
+    while moved * after < old.member_chunks * before:
+        count = rows_at_once(old, new, moved=moved, headroom_rows=1)
+        assert count >= 1
+        last_overwritten = moved + count - 2
+        first_needed = moved * after // before
+        assert last_overwritten < first_needed
+        moved += count

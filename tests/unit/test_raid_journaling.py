@@ -143,6 +143,26 @@ async def test_a_session_ends_only_when_all_is_in_place() -> None:
         await done.wait()
 
 
+async def test_a_session_ends_between_writes_that_were_asked_for_before_and_after_that() -> None:
+    """The last one is not recorded with the first: it would wait for its turn, and all for it."""
+    world = await made()
+    journal = world.array.journal
+    assert journal is not None
+    await world.write(0, BLOCK)
+    stripe = world.geometry.stripe_bytes
+    with trio.fail_after(10):
+        # The lock is held as while another one is recorded.
+        async with trio.open_nursery() as nursery, journal._recording:
+            nursery.start_soon(world.write, 0, BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(journal.renew)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(world.write, stripe, BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
+    world = await again(world)
+    assert await world.broken() == []
+
+
 async def test_the_old_log_is_left_alone_until_the_new_mark_is_durable() -> None:
     world = await made()
     journal = world.array.journal

@@ -132,6 +132,26 @@ def carry_out(
             chunks[stripe.data[index]][rows] = new[index][rows]
 
 
+def drawn_pieces(stripe: Stripe, data: st.DataObject) -> list[Piece]:
+    edges = st.sets(st.integers(0, CHUNK // BLOCK), min_size=2, max_size=4)
+    pieces = []
+    for index in data.draw(st.sets(st.integers(0, len(stripe.data) - 1), min_size=1)):
+        cuts = sorted(data.draw(edges))
+        pieces += [
+            Piece(index, start * BLOCK, end * BLOCK)
+            for start, end in itertools.pairwise(cuts)
+            if data.draw(st.booleans()) or (start, end) == tuple(cuts[:2])
+        ]
+    return pieces
+
+
+def new_data(stripe: Stripe, seed: int) -> dict[int, Bytes]:
+    return {
+        index: np.random.default_rng(seed + index).integers(0, 256, CHUNK, dtype=np.uint8)
+        for index in range(len(stripe.data))
+    }
+
+
 @given(
     level=st.sampled_from([4, 5, 6]),
     members=st.integers(4, 8),
@@ -146,25 +166,14 @@ def test_whatever_is_written_and_missing_the_stripe_holds_it(
     slots = st.sets(st.integers(0, members - 1), max_size=parities)
     missing = data.draw(slots)
     unreadable = data.draw(slots.filter(lambda one: len(missing | one) <= parities))
-    edges = st.sets(st.integers(0, CHUNK // BLOCK), min_size=2, max_size=4)
-    pieces = []
-    for index in data.draw(st.sets(st.integers(0, len(stripe.data) - 1), min_size=1)):
-        cuts = sorted(data.draw(edges))
-        pieces += [
-            Piece(index, start * BLOCK, end * BLOCK)
-            for start, end in itertools.pairwise(cuts)
-            if data.draw(st.booleans()) or (start, end) == tuple(cuts[:2])
-        ]
+    pieces = drawn_pieces(stripe, data)
     seed = data.draw(st.integers(0, 1 << 30))
     chunks = made_whole(stripe, members, seed)
     model = [chunks[slot].copy() for slot in stripe.data]
     believed = [chunk.copy() for chunk in chunks]
     for slot in missing | unreadable:
         believed[slot][:] = 0xEE
-    new = {
-        index: np.random.default_rng(seed + 1 + index).integers(0, 256, CHUNK, dtype=np.uint8)
-        for index in range(len(stripe.data))
-    }
+    new = new_data(stripe, seed + 1)
     segments = plan(stripe, pieces, missing=missing, unreadable=unreadable)
     for piece in pieces:
         model[piece.index][piece.start : piece.end] = new[piece.index][piece.start : piece.end]
@@ -183,3 +192,44 @@ def test_whatever_is_written_and_missing_the_stripe_holds_it(
         assert bytes(whole[slot]) == bytes(chunks[slot]), "parity fits the data"
     covered = sum(segment.length * len(segment.written) for segment in segments)
     assert covered == sum(piece.end - piece.start for piece in pieces)
+
+
+@given(
+    level=st.sampled_from([4, 5, 6]),
+    members=st.integers(4, 8),
+    row=st.integers(0, 7),
+    data=st.data(),
+)
+def test_where_parity_may_not_fit_it_fits_whatever_is_written(
+    level: int, members: int, row: int, data: st.DataObject
+) -> None:
+    stripe = stripe_of(level, members, data.draw(st.sampled_from(layouts_of(level))), row)
+    parities = [slot for slot in (stripe.p, stripe.q) if slot != NONE]
+    missing = data.draw(st.sets(st.sampled_from(parities)))
+    pieces = drawn_pieces(stripe, data)
+    seed = data.draw(st.integers(0, 1 << 30))
+    chunks = made_whole(stripe, members, seed)
+    for slot in parities:
+        chunks[slot] ^= np.random.default_rng(seed + 1).integers(1, 256, CHUNK, dtype=np.uint8)
+    believed = [chunk.copy() for chunk in chunks]
+    new = new_data(stripe, seed + 2)
+    for segment in plan(stripe, pieces, missing=missing, trust_parity=False):
+        assert segment.way != "modify"
+        assert not set(segment.reads) & set(parities)
+        carry_out(stripe, chunks, segment, new, believed=believed)
+        rows = slice(segment.start, segment.end)
+        made = recipe(stripe, lost=parities, wanted=parities)
+        outputs = [np.zeros(segment.length, dtype=np.uint8) for _ in made.rows]
+        combine(list(made.rows.values()), [chunks[slot][rows] for slot in made.sources], outputs)
+        for slot, output in zip(made.rows, outputs, strict=True):
+            assert slot in missing or bytes(chunks[slot][rows]) == bytes(output)
+
+
+def test_with_data_missing_there_is_no_choice_but_to_believe_the_parity() -> None:
+    stripe = stripe_of(5, 5)
+    missing = [stripe.data[1]]
+    believing, doubting = (
+        plan(stripe, [Piece(1, 0, BLOCK)], missing=missing, trust_parity=trust)
+        for trust in (True, False)
+    )
+    assert believing == doubting

@@ -366,3 +366,20 @@ async def _something_happens(machine: Machine, array: RunningArray) -> None:
         await idle(array)
     else:
         await array.array.flush()
+
+
+async def test_a_member_that_was_cut_short_is_not_taken_for_what_it_was() -> None:
+    """Its lost end must not be read: not at a start, and not when it comes back."""
+    machine = Machine(31, level=5)
+    await machine.create()
+    async with machine.running() as array:
+        await machine.write(array, 10)
+        await array.fail("m1")
+        cut = machine.members["m1"]
+        cut.size -= 3 * MEBIBYTE
+        with pytest.raises(PmblkError, match="m1 is too small: 4194304 bytes of"):
+            await array.add("m1")
+        assert states(array)["m1"] == "faulty"
+    machine.members["m2"].size -= 3 * MEBIBYTE
+    with pytest.raises(PmblkError, match=r"m2: it was cut short: 4194304 bytes of \d+ are left"):
+        await assemble(list(machine.members), open_member=machine.open)

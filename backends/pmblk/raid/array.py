@@ -49,19 +49,42 @@ class Array:
         intents: Intents | None = None,
         journal: tuple[int, int] | None = None,
     ) -> None:
-        self.geometry = geometry
-        self.size = geometry.size
-        self.devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
-        self.intents = intents
-        self.journal: Journaling | None = None
+        devices = Devices(geometry, members, data_offset=data_offset, announce=announce)
+        journaling = None
         if journal is not None:
             assert geometry.parities, "copies have no write hole that reads would make up"
             offset, length_bytes = journal
-            self.journal = Journaling(self.devices, offset=offset, length_bytes=length_bytes)
+            journaling = Journaling(devices, offset=offset, length_bytes=length_bytes)
+        self._set_up(devices, intents, journaling)
+
+    @classmethod
+    def over(
+        cls,
+        devices: Devices,
+        *,
+        intents: Intents | None = None,
+        journal: Journaling | None = None,
+    ) -> "Array":
+        """One more over the same members, by another geometry."""
+        array = cls.__new__(cls)
+        array._set_up(devices, intents, journal)
+        return array
+
+    def _set_up(
+        self, devices: Devices, intents: Intents | None, journal: Journaling | None
+    ) -> None:
+        geometry = devices.geometry
+        self.geometry = geometry
+        self.size = geometry.size
+        self.devices = devices
+        self.intents = intents
+        self.journal = journal
+        self._under_way = 0
+        self._idle = trio.Event()
         self._level = (
             Rows(self.devices, journal=self.journal) if geometry.parities else Mirrors(self.devices)
         )
-        self.parity_in_doubt: Sequence[tuple[int, int]] = ()  # offset and length, of the array
+        self._parity_in_doubt: Sequence[tuple[int, int]] = ()
         self.operations = 0  # of clients: who works in the background stands back for them
         # What is made zero as a whole: a stripe where there is parity, elsewhere a chunk.
         self._unit_bytes = geometry.stripe_bytes if geometry.parities else geometry.chunk_bytes
@@ -80,13 +103,17 @@ class Array:
         self.operations += 1
         if length >= TURN_BYTES:
             await trio.lowlevel.checkpoint()
-        while True:
-            target = scratch(last - first)
-            try:
-                await self._level.read(first, target)
-            except Hung:
-                continue  # that member is out by now, and may still scribble into the memory
-            return target[offset - first : offset - first + length]
+        self._under_way += 1
+        try:
+            while True:
+                target = scratch(last - first)
+                try:
+                    await self._level.read(first, target)
+                except Hung:
+                    continue  # that member is out by now, and may still scribble into the memory
+                return target[offset - first : offset - first + length]
+        finally:
+            self._ended()
 
     async def write(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
         """Offsets and bytes, in the order given where they overlap; what became of each.
@@ -95,11 +122,26 @@ class Array:
         """
         assert all(0 <= offset <= offset + len(view) <= self.size for offset, view in writes)
         self.operations += 1
-        with trio.CancelScope(shield=True):
-            async with self._intended([(offset, len(view)) for offset, view in writes]):
-                errors = await self._written(writes)
-            self._doubt_what_failed(writes, errors)
-        return errors
+        self._under_way += 1
+        try:
+            with trio.CancelScope(shield=True):
+                async with self._intended([(offset, len(view)) for offset, view in writes]):
+                    errors = await self._written(writes)
+                self._doubt_what_failed(writes, errors)
+            return errors
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
+
+    async def drained(self) -> None:
+        """Nothing that was asked of it is under way; to be called when nobody asks any more."""
+        while self._under_way:
+            self._idle = trio.Event()
+            await self._idle.wait()
 
     async def _written(self, writes: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
         while True:
@@ -117,7 +159,13 @@ class Array:
         leaves behind a range that is zero up to some place.
         """
         assert 0 <= offset <= offset + length <= self.size
-        end = offset + length
+        self._under_way += 1
+        try:
+            await self._zero_slices(offset, offset + length)
+        finally:
+            self._ended()
+
+    async def _zero_slices(self, offset: int, end: int) -> None:
         while offset < end:
             after = min(end, offset // self._slice_bytes * self._slice_bytes + self._slice_bytes)
             with trio.CancelScope(shield=True):
@@ -166,6 +214,21 @@ class Array:
         self.geometry = self.devices.geometry = geometry
         self.size = geometry.size
         self._level.extend(geometry)
+
+    @property
+    def parity_in_doubt(self) -> Sequence[tuple[int, int]]:
+        """Offsets and lengths of what a resync still owes: parity may not fit its data there.
+
+        A write there makes parity anew: a change of what did not fit would not fit either, and what
+        was just written would come out as something else once its member is lost.
+        """
+        return self._parity_in_doubt
+
+    @parity_in_doubt.setter
+    def parity_in_doubt(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._parity_in_doubt = ranges
+        if isinstance(self._level, Rows):
+            self._level.doubts.set(ranges)
 
     @property
     def locks(self) -> RowLocks:

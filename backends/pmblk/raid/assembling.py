@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from pmblk.errors import PmblkError
-from pmblk.raid.areas import headroom_offset, summed_bytes
+from pmblk.raid.areas import end_of, headroom_offset, summed_bytes
 from pmblk.raid.assembly import Assembly, Candidate, NoArray
 from pmblk.raid.assembly import assemble as judge
 from pmblk.raid.bad_blocks import remembering
@@ -65,12 +65,23 @@ async def survey(places: Sequence[str], *, open_member: Opener) -> Survey:
     for place in dict.fromkeys(places):
         try:
             members[place] = await open_member(place)
-            labels[place] = await read_label(members[place])
+            label = await read_label(members[place])
+            _check_size(members[place], label)
+            labels[place] = label
         except PmblkError as error:
             problems[place] = str(error)
         except OSError as error:
             problems[place] = error.strerror or str(error)
     return Survey(members, labels, problems)
+
+
+def _check_size(member: Member, label: Label) -> None:
+    """Raises PmblkError: what is not there any more would be read as nothing, or as zeroes."""
+    if isinstance(label.found, Superblock) and member.size < end_of(label.found):
+        raise PmblkError(
+            f"it was cut short: {member.size} bytes of {end_of(label.found)} are left",
+            hint="put a new one of that size in its place, and add it",
+        )
 
 
 async def assemble(

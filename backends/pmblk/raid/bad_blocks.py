@@ -9,7 +9,7 @@ write, which nobody flushed, may have been.
 """
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -78,8 +78,14 @@ class BadBlocks(Member):
         Raises OSError; ENOSPC when the log is full: then nothing is remembered, and the member is
         not to be used.
         """
-        assert offset >= self._data_offset
-        lost = set(_blocks(offset, length))
+        await self.lose_all([(offset, length)])
+
+    async def lose_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The same for many, in one go."""
+        lost: set[int] = set()
+        for offset, length in ranges:
+            assert offset >= self._data_offset
+            lost.update(_blocks(offset, length))
         async with self._storing:
             await self._store(self._blocks | self._written | lost)
             self._blocks |= lost
@@ -126,16 +132,20 @@ class BadBlocks(Member):
             self._written -= written
 
     async def _store(self, blocks: set[int]) -> None:
-        """Both halves, one after the other, so that one of them is whole at any time."""
+        """Both halves, one after the other, so that one of them is whole at any time.
+
+        Done to its end before anything newer is stored, also when a flush is cancelled.
+        """
         try:
             halves = [encode(blocks, self._sequence + number) for number in (1, 2)]
         except Full as error:
             raise OSError(errno.ENOSPC, f"{self.place}: too much is lost: {error}") from error
         self._sequence += 2
-        for number, half in enumerate(halves):
-            place = BAD_BLOCKS_OFFSET + number * HALF_BYTES
-            await self.inner.write((Request(place, aligned(half)),))
-            await self.inner.flush()
+        with trio.CancelScope(shield=True):
+            for number, half in enumerate(halves):
+                place = BAD_BLOCKS_OFFSET + number * HALF_BYTES
+                await self.inner.write((Request(place, aligned(half)),))
+                await self.inner.flush()
 
     async def refresh(self) -> None:
         await self.inner.refresh()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from pmblk.checksum import crc32c
 from pmblk.raid.areas import checksums_bytes
@@ -254,7 +255,8 @@ class Checksummed(Member):
                 blocks = [await self._load(number) for number in run]
                 view = buffer(len(run) * BLOCK_BYTES)
                 np.frombuffer(view, dtype="<u4")[:] = np.concatenate(blocks)
-                await self.inner.write((Request(offset + run[0] * BLOCK_BYTES, view),))
+                with trio.CancelScope(shield=True):  # it lands over nothing newer
+                    await self.inner.write((Request(offset + run[0] * BLOCK_BYTES, view),))
         await self.inner.flush()
 
     async def extend(self, sums_offset: int, data_bytes: int) -> None:
@@ -292,7 +294,10 @@ class Checksummed(Member):
             self._cache.popitem(last=False)
 
     async def _write_through(self, requests: Sequence[Request], kept: Mapping[int, Sums]) -> None:
-        """In one batch. When it fails, what the device has now is read when it is wanted."""
+        """In one batch. When it fails, what the device has now is read when it is wanted.
+
+        Done to its end before the locks go, also when a read that stores a checksum is cancelled.
+        """
         places = [self._sums_offset, *([] if self._copy_offset is None else [self._copy_offset])]
         sums = [
             Request(place + number * BLOCK_BYTES, block.data.cast("B"))
@@ -300,7 +305,8 @@ class Checksummed(Member):
             for number, block in kept.items()
         ]
         try:
-            await self.inner.write([*requests, *sums])
+            with trio.CancelScope(shield=True):
+                await self.inner.write([*requests, *sums])
         except BaseException:
             for number in kept:
                 self._cache.pop(number, None)

@@ -47,16 +47,23 @@ class FileMember(Member):
         self.block_bytes = _block_bytes(fd)
         self.size = self._size_of(fd)
         self._file = _SharedFile(fd)
-        self.inline = syscalls.file_system(fd) in IN_MEMORY and _is_regular(fd)
+        self._is_regular = _is_regular(fd)
+        self.inline = syscalls.file_system(fd) in IN_MEMORY and self._is_regular
         self._threads = _Threads(place, timeout_seconds)
 
     async def read(self, requests: Sequence[Request]) -> None:
         await self._move(requests, lambda fd, views, offset: os.preadv(fd, views, offset), "read")
 
     async def write(self, requests: Sequence[Request]) -> None:
-        await self._move(
-            requests, lambda fd, views, offset: os.pwritev(fd, views, offset), "written"
-        )
+        await self._move(requests, self._write, "written")
+
+    def _write(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        """A file that somebody has truncated is not to grow again: its holes would be zeroes for
+        whoever reads them, where there are errors now, which the array makes up for.
+        """
+        if self._is_regular and os.fstat(fd).st_size < self.size:
+            raise OSError(errno.EIO, f"{self.place} was cut short")
+        return os.pwritev(fd, views, offset)
 
     async def _move(self, requests: Sequence[Request], move: Move, done: str) -> None:
         if self.inline:

@@ -1,18 +1,19 @@
-"""An array in service becomes larger by what its members have got, or gets another mirror.
+"""An array in service becomes larger: by what its members have got, by a mirror, by more members.
 
-No chunk moves for that, so clients just go on. What is to hold data is made ready first, on every
-member; then one change of the superblock counts it in. A crash before that change leaves the array
-as it was, a crash behind it the larger one.
+No chunk moves for the first two, so clients just go on. What is to hold data is made ready first,
+on every member; then one change of the superblock counts it in. A crash before that change leaves
+the array as it was, a crash behind it the larger one.
 
 Checksums lie behind the data, where the data are going to be. So they are copied first, to where
 they will be, and are kept at both places until a superblock of its own names the new one.
 
-Not here: data that move to the geometry of more members (`pmblk.raid.reshaping`).
+More members at the levels without copies are a reshape: it begins and ends here, with a superblock
+that says so, and `pmblk.raid.reshaping` moves the data.
 """
 
 import bisect
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -21,20 +22,38 @@ from pmblk.raid import areas, bitmap
 from pmblk.raid.array import Array
 from pmblk.raid.checksummed import Checksummed, checksummed_of
 from pmblk.raid.creation import write_zeroes
+from pmblk.raid.devices import Devices
 from pmblk.raid.geometry import MEMBERS_MAX, Geometry
 from pmblk.raid.keeper import Keeper, Seat, with_entry
+from pmblk.raid.reshaping import Reshape, TwoGeometries
 from pmblk.raid.superblock import Entry, Flag, State, Superblock
 from pmblk.raid.upkeep import Upkeep
 from pmblk.units import format_size
 
 
 class Growing:
-    """One for an array in service. Of its methods none runs beside another."""
+    """One for an array in service. Of its methods none runs beside another.
 
-    def __init__(self, array: Array, keeper: Keeper, upkeep: Upkeep) -> None:
-        self._array = array
+    `array` is what clients use: `serve(array)` has them use another one.
+    """
+
+    def __init__(
+        self,
+        array: Array | TwoGeometries,
+        keeper: Keeper,
+        upkeep: Upkeep,
+        *,
+        serve: Callable[[Array | TwoGeometries], None],
+    ) -> None:
+        self.array = array
         self._keeper = keeper
         self._upkeep = upkeep
+        self._serve = serve
+
+    @property
+    def _array(self) -> Array:
+        assert isinstance(self.array, Array), "it does not grow already"
+        return self.array
 
     @property
     def _superblock(self) -> Superblock:
@@ -175,6 +194,127 @@ class Growing:
                 self._upkeep.take_in(slot)
         self._upkeep.keep_marks_while_degraded()
         self._upkeep.hurry()
+
+    # ---- more members, and data that move to them
+
+    async def reshape(self, numbers: Sequence[int]) -> None:
+        """The spares of these entries are members from now on, and data begin to move.
+
+        Raises PmblkError, and then nothing has changed, and OSError.
+        """
+        superblock, before = self._superblock, self._array
+        check_quiet(superblock, self._upkeep)
+        geometry = more_members(superblock.geometry, len(numbers))
+        check_regions(superblock, geometry)
+        offset = superblock.data_offset - geometry.chunk_bytes
+        if offset < areas.headroom_offset(superblock):
+            raise PmblkError(
+                "there is no room left in front of the data to move them to",
+                hint="make a larger array, and copy what is on this one",
+            )
+        before.devices.reshaping = True
+        both = _two(before, before.devices.under(geometry, data_offset=offset), position=0)
+        try:
+            await self._begin(both, numbers)
+        except PmblkError:
+            before.devices.reshaping = False
+            self._serve(before)
+            raise
+        self.go_on(both)
+
+    async def _begin(self, both: TwoGeometries, numbers: Sequence[int]) -> None:
+        """With nobody in it: no round that is under way knows only of the old geometry."""
+        keeper, devices, geometry = self._keeper, both.devices, both.after.geometry
+        slots = range(self._superblock.geometry.members, geometry.members)
+
+        def change(superblock: Superblock) -> Superblock:
+            check_spares(keeper, numbers)
+            old = superblock
+            superblock = seated(superblock, keeper, numbers, State.ACTIVE)
+            devices.members.extend(keeper.seats[slot].member for slot in slots)
+            both.begin()
+            return replace(
+                superblock,
+                geometry=geometry,
+                data_offset=old.data_offset - geometry.chunk_bytes,
+                flags=old.flags | Flag.RESHAPING,
+                reshape_position=0,
+                reshape_members=old.geometry.members,
+                reshape_offset=old.data_offset,
+            )
+
+        async with both.window(0, both.size):
+            self._serve(both)
+            await both.before.drained()
+            if both.journal is not None:
+                await both.journal.renew()
+            await keeper.change_roles(change)
+
+    def go_on(self, both: TwoGeometries) -> None:
+        """Move what has not moved yet, in the background."""
+        superblock = self._superblock
+        distance = superblock.reshape_offset - superblock.data_offset
+
+        async def checkpoint(position: int) -> None:
+            await self._keeper.update(lambda one: replace(one, reshape_position=position))
+
+        async def end() -> None:
+            await self._end(both)
+
+        self._upkeep.reshape = Reshape(
+            both,
+            headroom_rows=distance // superblock.geometry.chunk_bytes,
+            pace=self._upkeep.pace,
+            checkpoint=checkpoint,
+        )
+        self._upkeep.reshaped = end
+        self._upkeep.hurry()
+
+    async def _end(self, both: TwoGeometries) -> None:
+        """All has moved: the array is as large as its geometry says. Raises OSError."""
+        if both.intents is not None:
+            await both.intents.extend(both.after.size, doubtful=False)
+
+        def change(superblock: Superblock) -> Superblock:
+            done = superblock.resync_position
+            return replace(
+                superblock,
+                flags=superblock.flags & ~Flag.RESHAPING,
+                resync_position=both.after.size if done >= both.size else done,
+                reshape_position=0,
+                reshape_members=0,
+                reshape_offset=0,
+                whole_events=superblock.events + 1,  # who left before has nothing that moved
+            )
+
+        await self._keeper.change_roles(change)
+        both.devices.reshaping = False
+        self._serve(both.after)
+
+
+def resumed(after: Array, superblock: Superblock) -> TwoGeometries:
+    """What an earlier start had begun, over the array of the new geometry."""
+    after.devices.reshaping = True
+    before = after.devices.under(geometry_served(superblock), data_offset=superblock.reshape_offset)
+    both = TwoGeometries(
+        Array.over(before, intents=after.intents, journal=after.journal),
+        after,
+        position=superblock.reshape_position,
+    )
+    both.begin()
+    return both
+
+
+def _two(before: Array, devices: Devices, *, position: int) -> TwoGeometries:
+    after = Array.over(devices, intents=before.intents, journal=before.journal)
+    return TwoGeometries(before, after, position=position)
+
+
+def geometry_served(superblock: Superblock) -> Geometry:
+    """What clients see: until all data have moved, that of the members there were."""
+    if Flag.RESHAPING not in superblock.flags:
+        return superblock.geometry
+    return replace(superblock.geometry, members=superblock.reshape_members)
 
 
 def _sums_of(seat: Seat) -> Checksummed:

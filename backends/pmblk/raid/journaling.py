@@ -48,9 +48,13 @@ Batch = Mapping[int, Sequence[Request]]
 
 
 class Ticket:
-    """A round of writes that waits to be recorded, or has been. `bare`: offsets of full stripes."""
+    """A round of writes that waits to be recorded, or has been. `bare`: offsets of full stripes.
 
-    def __init__(self, batch: Batch, bare: Collection[int]) -> None:
+    One that `is_renewal` is recorded by nobody: who comes after it waits for a new session.
+    """
+
+    def __init__(self, batch: Batch, bare: Collection[int], *, is_renewal: bool = False) -> None:
+        self.is_renewal = is_renewal
         self.writes = {
             slot: [Write(offset, view, offset in bare) for offset, view in requests]
             for slot, requests in batch.items()
@@ -85,6 +89,10 @@ class Journaling:
         self._recording = trio.Lock()
         self._in_place = 0  # rounds that are recorded and not carried out yet
         self._all_in_place = trio.Event()
+
+    def use(self, devices: Devices) -> None:
+        """The same members, and maybe more, under another geometry."""
+        self._devices = devices
 
     async def replay(self) -> JournalReplay:
         """What was recorded and may not be in place is put there. Raises OSError.
@@ -132,8 +140,15 @@ class Journaling:
         To be called when a member comes into a slot, before anything that it gets there counts: its
         log may have records of this session, from before it left.
         """
-        async with self._recording:
-            await self._renew()
+        # In the queue, too: a round behind it that somebody before it has recorded would wait for
+        # its turn, and so for this, which waits until all that is recorded is in place.
+        turn = Ticket({}, (), is_renewal=True)
+        self._queue.append(turn)
+        try:
+            async with self._recording:
+                await self._renew()
+        finally:
+            self._queue.remove(turn)
 
     # ---- recording, one group at a time
 
@@ -162,7 +177,7 @@ class Journaling:
     def _take(self) -> list[Ticket]:
         taken: list[Ticket] = []
         sums: dict[int, int] = {}
-        while self._queue:
+        while self._queue and not self._queue[0].is_renewal:
             for slot, writes in self._queue[0].writes.items():
                 length = sum(len(write.content) for write in writes)
                 sums[slot] = sums.get(slot, 0) + length
@@ -194,7 +209,7 @@ class Journaling:
         """With all of their bytes when somebody is missing."""
         missing = self._devices.missing
         there = {slot: part for slot, part in writes.items() if slot not in missing}
-        if missing or self._devices.rebuilt:
+        if self._devices.degraded:
             there = {
                 slot: [Write(offset, content, False) for offset, content, _ in part]
                 for slot, part in there.items()
@@ -233,7 +248,10 @@ class Journaling:
     # ---- sessions
 
     async def _renew(self) -> None:
-        """Everything recorded is in place, durably, before the next mark is written."""
+        """Everything recorded is in place, durably, before the next mark is written.
+
+        A mark that has begun is finished: it must not land over a later one.
+        """
         assert self._mark is not None, "replayed"
         self._void = True
         while self._in_place:
@@ -246,9 +264,10 @@ class Journaling:
         view = buffer(BLOCK_BYTES)
         view[:] = encode_mark(self._mark)
         place = Request(self._offset + mark_offset(self._mark.session), view)
-        failures = await self._devices.write({slot: [place] for slot in members})
-        failures |= await self._devices.flush(members.keys() - failures.keys())
-        await self._must(failures)
+        with trio.CancelScope(shield=True):
+            failures = await self._devices.write({slot: [place] for slot in members})
+            failures |= await self._devices.flush(members.keys() - failures.keys())
+            await self._must(failures)
         self._known = members
         self._ends = dict.fromkeys(members, 0)
         self._blocks = dict.fromkeys(members, 0)

@@ -8,9 +8,11 @@ one sum over what was read before and what is new, whatever the way:
 - *reconstruct*: the other data chunks are read, and parity is made anew;
 - *modify*: the old data and the old parity are read, and the difference is added.
 
-The one that reads fewer bytes is taken, reconstruct where they read as many (as md does). Members
-that are missing are neither read nor written; what a sum needs of them is made from all the others.
-Those that are only unreadable here are still written: that is what heals them.
+The one that reads fewer bytes is taken, reconstruct where they read as many (as md does). Parity
+that may not fit its data (no resync has been there since an unclean stop, or ever) would not fit
+after *modify* either: there it is made anew, if that can be done. Members that are missing are
+neither read nor written; what a sum needs of them is made from all the others. Those that are only
+unreadable here are still written: that is what heals them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -78,8 +80,11 @@ def plan(
     *,
     missing: Collection[int] = (),
     unreadable: Collection[int] = (),
+    trust_parity: bool = True,
 ) -> list[Segment]:
     """The segments of one row, in order; pieces of one chunk do not overlap.
+
+    `trust_parity`: it fits the data.
 
     Raises TooManyLost when the row cannot be kept whole: more is missing than its redundancy, or
     what is needed cannot be read.
@@ -90,7 +95,7 @@ def plan(
         raise TooManyLost(f"{lost} chunks of {len(stripe.data) + parities} are lost")
     blind = {*missing, *unreadable}
     return [
-        _segment(stripe, start, end, written, missing, blind)
+        _segment(stripe, start, end, written, missing, blind, trust_parity)
         for start, end, written in _rows(pieces)
     ]
 
@@ -123,6 +128,7 @@ def _segment(
     written: tuple[int, ...],
     missing: Collection[int],
     blind: Collection[int],
+    trust_parity: bool,
 ) -> Segment:
     stores = tuple(stripe.data[i] for i in written if stripe.data[i] not in missing)
     targets = [slot for slot in (stripe.p, stripe.q) if slot != NONE and slot not in missing]
@@ -135,7 +141,7 @@ def _segment(
         if modified is None:
             raise
         sums, way = modified, "modify"
-    if modified is not None and len(modified[0]) < len(sums[0]):
+    if trust_parity and modified is not None and len(modified[0]) < len(sums[0]):
         sums, way = modified, "modify"
     if len(written) == len(stripe.data):
         way = "full"

@@ -12,6 +12,21 @@ sweep makes from redundancy.
 What lies below `own_bytes` (superblock, bitmap, log of bad blocks) is each device's own, and only
 the old one's is touched here. Wrappers of the data area belong around each of the two.
 
+The exchange, after the sweep. A start after a crash takes the old one until the change of roles is
+durable, and the new one from then on: so meanwhile neither may lack a write that was acknowledged.
+
+    if not await member.hand_over():
+        return                                    # the new one failed: the old one goes on alone
+    await change_roles(...)                       # durable when it returns
+    if devices.members[slot] is member:           # neither has failed meanwhile
+        devices.members[slot] = member.new        # in one turn with
+        member.close()
+
+`hand_over` holds new writes up until those under way are done, and only then says whether the new
+one has all of them. When it has said so, what either of the two fails at is the slot's failure,
+until `give_up` (the change was called off) or `close`. Whoever still writes through this object
+after `close` writes to the new one; `Devices` asks that one where it had planned to ask this.
+
 Ownership: `close` closes the old one. The new one stays the property of who gave it, who makes it
 the member of the slot at the end, and closes it when it failed.
 """
@@ -24,6 +39,8 @@ import trio
 from pmblk.raid.member import Member, Request
 from pmblk.raid.superblock import DATA_OFFSET
 
+Work = Callable[[], Awaitable[None]]
+
 
 class Replacing(Member):
     """`position`: up to that byte of the device the new one holds all that the old one does."""
@@ -34,14 +51,29 @@ class Replacing(Member):
         self.size = min(old.size, new.size)
         self.block_bytes = max(old.block_bytes, new.block_bytes)
         self.inline = old.inline and new.inline
-        self.old = old
+        self.old = self.inner = old  # the log of its losses, and its checksums, are the old one's
         self.new = new
         self.new_error: OSError | None = None
+        self.handed_over = False  # to the new one, and both count until `close`
         self.position = 0
         self._own_bytes = own_bytes
+        self._closed = False
+        self._gate: trio.Event | None = None  # whoever comes waits for it
+        self._under_way = 0
+        self._none_under_way = trio.Event()
+
+    @property
+    def holders(self) -> tuple[Member, ...]:
+        """Who is the slot's member, or will be when roles have changed."""
+        return (self.old, self.new) if self.handed_over else (self.old,)
+
+    @property
+    def holder(self) -> Member:
+        """Whose bytes are read."""
+        return self.new if self._closed and self.handed_over else self.old
 
     async def read(self, requests: Sequence[Request]) -> None:
-        await self.old.read(requests)
+        await self.holder.read(requests)
 
     async def write(self, requests: Sequence[Request]) -> None:
         shared = [request for request in requests if request.offset >= self._own_bytes]
@@ -77,46 +109,92 @@ class Replacing(Member):
         Raises OSError when that fails, or has failed before: the replacement is off.
         """
         if self.new_error is None:
-            await self._on_new(lambda: self.new.write(requests))
+            self.new_error = await _error_of(lambda: self.new.write(requests)) or self.new_error
         if self.new_error is not None:
             raise self.new_error
         for offset, view in requests:
             self.position = max(self.position, offset + len(view))
 
     def close(self) -> None:
+        self._closed = True
         self.old.close()
 
-    # ---- both
+    # ---- the exchange
 
-    async def _both(
-        self,
-        on_old: Callable[[], Awaitable[None]],
-        on_new: Callable[[], Awaitable[None]] | None,
-    ) -> None:
-        """At once. Raises what the old one says, when both are done."""
-        errors: list[OSError] = []
-
-        async def old() -> None:
-            try:
-                await on_old()
-            except OSError as error:
-                errors.append(error)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(old)
-            if on_new is not None and self.new_error is None:
-                nursery.start_soon(self._on_new, on_new)
-        for error in errors:
-            raise error
+    async def hand_over(self) -> bool:
+        """Whether the new one has all that was written; from now on it has to go on having that."""
+        assert self._gate is None, "once at a time"
+        self._gate = trio.Event()
+        try:
+            while self._under_way:
+                await self._none_under_way.wait()
+            self.handed_over = self.new_error is None
+        finally:
+            self._gate.set()
+            self._gate = None
+        return self.handed_over
 
     def give_up(self, error: OSError) -> None:
         """The new one is not to be used any more."""
         self.new_error = self.new_error or error
+        self.handed_over = False
 
-    async def _on_new(self, what: Callable[[], Awaitable[None]]) -> None:
-        if self.new_error is not None:
-            return
+    # ---- both
+
+    async def _both(self, on_old: Work, on_new: Work | None) -> None:
+        """At once. Raises what those who count say, when both are done."""
+        while self._gate is not None:
+            await self._gate.wait()
+        self._under_way += 1
         try:
-            await what()
-        except OSError as error:
-            self.new_error = self.new_error or error
+            old_error, new_error = await self._errors(on_old, on_new)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._none_under_way.set()
+                self._none_under_way = trio.Event()
+        if new_error is not None and not self.handed_over:
+            self.new_error = self.new_error or new_error
+            new_error = None
+        if self.holder is self.new:
+            old_error = None  # it was closed under a write: the new one has it
+        for error in (old_error, new_error):
+            if error is not None:
+                raise error
+
+    async def _errors(
+        self, on_old: Work, on_new: Work | None
+    ) -> tuple[OSError | None, OSError | None]:
+        errors: list[OSError | None] = [None, None]
+
+        async def one(number: int, what: Work) -> None:
+            if number or self.holder is self.old:
+                errors[number] = await _error_of(what)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, 0, on_old)
+            if on_new is not None and self.new_error is None:
+                nursery.start_soon(one, 1, on_new)
+        return errors[0], errors[1]
+
+
+async def _error_of(what: Work) -> OSError | None:
+    try:
+        await what()
+    except OSError as error:
+        return error
+    return None
+
+
+def holders_of(member: Member) -> tuple[Member, ...]:
+    """Whose bytes count, where it may be one that is being replaced."""
+    return member.holders if isinstance(member, Replacing) else (member,)
+
+
+def goes_on(successor: Member, member: Member) -> bool:
+    """Whether it holds all that `member` does, and may be asked instead: a replacement of that one
+    has begun, was called off, or is over.
+    """
+    if isinstance(member, Replacing) and successor is not member:
+        return successor in member.holders
+    return member in (successor, holders_of(successor)[0])

@@ -10,35 +10,24 @@ that does not take a write is failed, durably, before the write counts.
 import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import msgspec
-
 from pmblk.raid.buffers import aligned, buffer, numbers, scratch
-from pmblk.raid.devices import Devices, Failures
+from pmblk.raid.devices import Devices, Failures, Range, ranges_of
+from pmblk.raid.doubts import Doubts
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.journaling import Journaling
-from pmblk.raid.layout import Stripes
+from pmblk.raid.layout import NONE, Stripes
 from pmblk.raid.locks import RowLocks
 from pmblk.raid.member import Hung, Request
 from pmblk.raid.parity import combine
 from pmblk.raid.plan import Piece, Segment, cut, plan
 from pmblk.raid.recovery import TooManyLost, recipe
+from pmblk.raid.row_parts import BLOCK_BYTES, Part, bytes_of, lay, within
 from pmblk.ranges import slices
-
-BLOCK_BYTES = 4096
-"""What is read to fill up a write that is no whole block."""
 
 ZERO_RECORD_BYTES_MAX = 4 << 20
 """Of a member, made zero by one record: its checksums are computed while others wait."""
 
 Batch = dict[int, list[Request]]
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A piece of a row with its bytes; `write` is the number of the write that it belongs to."""
-
-    piece: Piece
-    view: memoryview
-    write: int
 
 
 class Rows:
@@ -50,6 +39,7 @@ class Rows:
         self._geometry = devices.geometry
         self._stripes = Stripes(devices.geometry)
         self.locks = self._locks = RowLocks()  # sweeps take them too
+        self.doubts = Doubts(devices.geometry.stripe_bytes)
 
     def extend(self, geometry: Geometry) -> None:
         """Every chunk that there was stays where it was."""
@@ -126,7 +116,7 @@ class Rows:
             start, end = part.piece.start, part.piece.end
             sources = []
             for source in made.sources:
-                view = _within(there.get(source), start, end) or extra.get((source, start, end))
+                view = within(there.get(source), start, end) or extra.get((source, start, end))
                 if view is None:
                     view = extra[source, start, end] = scratch(end - start)
                     self._ask(batch, row, source, start, view)
@@ -212,7 +202,7 @@ class Rows:
         for number, (offset, view) in enumerate(writes):
             for row, part in self._cut(offset, view, number):
                 rows.add(row)
-                _lay(layers, row, part)
+                lay(layers, row, part)
         async with self._locks.hold(rows):
             for layer in layers:
                 for row, error in (await self._write_layer(layer)).items():
@@ -274,6 +264,7 @@ class Rows:
                         [part.piece for part in parts[row]],
                         missing=self._devices.missing,
                         unreadable=blind | self._devices.unreadable(row),
+                        trust_parity=row not in self.doubts,
                     )
                 except TooManyLost as error:
                     errors[row] = OSError(errno.EIO, f"row {row}: {error}")
@@ -315,7 +306,20 @@ class Rows:
 
     async def _write_all(self, batch: Batch) -> Failures:
         failures = await self._devices.write(batch)
-        return {slot: failures[slot] for slot in await self._devices.fail(failures)}
+        stay = await self._devices.fail_and_lose(failures, lambda slot: self._summed(batch[slot]))
+        return {slot: failures[slot] for slot in stay}
+
+    def _summed(self, requests: Sequence[Request]) -> list[Range]:
+        """Where they lie, in rows that have parity left: nothing is made of the others."""
+        return [
+            (offset, length)
+            for offset, length in ranges_of(requests)
+            if self._has_parity(self._devices.row_at(offset))
+        ]
+
+    def _has_parity(self, row: int) -> bool:
+        stripe = self._stripes[row]
+        return not {stripe.p, stripe.q} - {NONE} <= self._devices.unreadable(row)
 
     # ---- zeroes
 
@@ -350,7 +354,7 @@ class Rows:
 
     async def _zero_all(self, slots: Iterable[int], offset: int, length: int) -> None:
         failures = await self._devices.zero({slot: [(offset, length)] for slot in slots})
-        for slot in await self._devices.fail(failures):
+        for slot in await self._devices.fail_and_lose(failures, lambda _: [(offset, length)]):
             raise failures[slot]
 
     # ---- parts of a write
@@ -379,7 +383,7 @@ class Rows:
     ) -> None:
         """The new data and parity of a segment, as writes of its members."""
         place = self._devices.place(row, segment.start)
-        new = [_bytes_of(parts, index, segment) for index in segment.written]
+        new = [bytes_of(parts, index, segment) for index in segment.written]
         stripe = self._stripes[row]
         for index, view in zip(segment.written, new, strict=True):
             if stripe.data[index] in segment.stores:
@@ -393,48 +397,3 @@ class Rows:
             )
             for slot, view in zip(segment.parity, outputs, strict=True):
                 batch.setdefault(slot, []).append(Request(place, view))
-
-
-def _within(part: Part | None, start: int, end: int) -> memoryview | None:
-    """Those bytes of its chunk, if all of them are in the part."""
-    if part is None or not part.piece.start <= start < end <= part.piece.end:
-        return None
-    return part.view[start - part.piece.start : end - part.piece.start]
-
-
-def _lay(layers: list[dict[int, list[Part]]], row: int, part: Part) -> None:
-    """Into the last layer where it meets nothing, so that later writes come after earlier ones."""
-    piece = part.piece
-    start, end = piece.start & -BLOCK_BYTES, -(-piece.end // BLOCK_BYTES) * BLOCK_BYTES
-    depth = 0
-    for number, layer in enumerate(layers):
-        for other in layer.get(row, ()):
-            meets = (
-                other.piece.index == piece.index
-                and other.piece.start < end
-                and start < -(-other.piece.end // BLOCK_BYTES) * BLOCK_BYTES
-            )
-            if meets:
-                depth = number + 1
-    if depth == len(layers):
-        layers.append({})
-    layers[depth].setdefault(row, []).append(part)
-
-
-def _bytes_of(parts: Sequence[Part], index: int, segment: Segment) -> memoryview:
-    """What is new of a chunk in a segment; one part covers all of it, or several touch in it."""
-    pieces = sorted(
-        (part for part in parts if part.piece.index == index), key=lambda one: one.piece.start
-    )
-    found = [
-        part.view[max(0, segment.start - part.piece.start) : segment.end - part.piece.start]
-        for part in pieces
-        if part.piece.start < segment.end and segment.start < part.piece.end
-    ]
-    if len(found) == 1:
-        return found[0]
-    whole, position = scratch(segment.length), 0
-    for view in found:
-        whole[position : position + len(view)] = view
-        position += len(view)
-    return whole

@@ -23,7 +23,13 @@ from pmblk.raid.checksummed import checksummed_of
 from pmblk.raid.creation import blank, blank_journal
 from pmblk.raid.events import Event, MemberFailed, MemberNeeded, StateChanged, Tell, nobody
 from pmblk.raid.geometry import Geometry
-from pmblk.raid.growing import Growing, check_quiet, more_members
+from pmblk.raid.growing import (
+    Growing,
+    check_quiet,
+    geometry_served,
+    more_members,
+    resumed,
+)
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
 from pmblk.raid.labels import Label, read_label
@@ -31,6 +37,7 @@ from pmblk.raid.layout import rows_of, survives
 from pmblk.raid.member import Member, Request
 from pmblk.raid.replacing import Replacing
 from pmblk.raid.replaying import JournalReplay
+from pmblk.raid.reshaping import TwoGeometries
 from pmblk.raid.status import ArrayStatus, MemberStatus
 from pmblk.raid.superblock import (
     BITMAP_BYTES,
@@ -80,7 +87,7 @@ class RunningArray:
         }
         self._keeper = Keeper(superblock, seats, out=self._dropped)
         self._intents = self._make_intents(superblock)
-        self.array = Array(
+        array = Array(
             geometry,
             [seats[slot].member if slot in seats else None for slot in range(geometry.members)],
             data_offset=superblock.data_offset,
@@ -88,11 +95,14 @@ class RunningArray:
             intents=self._intents,
             journal=_journal_area(superblock),
         )
+        reshaping = Flag.RESHAPING in superblock.flags
+        self.array: Array | TwoGeometries = resumed(array, superblock) if reshaping else array
         self._devices = self.array.devices
-        self._devices.needed = self._needed
-        self._devices.told = self._keeper.told
+        self._devices.watchers.needed = self._needed
+        self._devices.watchers.told = self._keeper.told
+        self.resized: Callable[[], None] = lambda: None
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace(), tell=self._happened)
-        self._growing = Growing(self.array, self._keeper, self._upkeep)
+        self._growing = Growing(self.array, self._keeper, self._upkeep, serve=self._serve)
 
     def _make_intents(self, superblock: Superblock) -> Intents | None:
         if not superblock.bitmap_chunk_bytes:
@@ -102,7 +112,9 @@ class RunningArray:
             await self._keeper.store(BITMAP_OFFSET + offset, view, durable=True)
 
         return Intents(
-            size=superblock.geometry.size, region_bytes=superblock.bitmap_chunk_bytes, store=store
+            size=geometry_served(superblock).size,
+            region_bytes=superblock.bitmap_chunk_bytes,
+            store=store,
         )
 
     @property
@@ -117,6 +129,14 @@ class RunningArray:
     def superblock(self) -> Superblock:
         """What is in force, in the words of no particular member."""
         return self._keeper.superblock
+
+    def _serve(self, array: Array | TwoGeometries) -> None:
+        size = self.array.size
+        self.array = self._growing.array = array
+        self._devices = array.devices
+        self._upkeep.serve(array)
+        if array.size != size:
+            self.resized()
 
     # ---- the life of it
 
@@ -142,9 +162,14 @@ class RunningArray:
             self._upkeep.resync = self._doubtful()
         if self._intents is not None and not self._upkeep.resync:
             await self._intents.cleaned(0, self.size)
+        if isinstance(self.array, TwoGeometries):
+            self._growing.go_on(self.array)
 
     def _distrust(self) -> None:
         """A crash may have come between data and their checksums, where anything was written."""
+        if isinstance(self.array, TwoGeometries):  # and in the window that was being moved
+            self._distrust_ranges([(0, member.size) for member in self._devices.members if member])
+            return
         marked = [(0, self.size)] if self._intents is None else self._intents.dirty_ranges()
         chunk_bytes = self.geometry.chunk_bytes
         ranges = [
@@ -156,6 +181,9 @@ class RunningArray:
                 -(-(offset + length) // chunk_bytes) - offset // chunk_bytes,
             )
         ]
+        self._distrust_ranges(ranges)
+
+    def _distrust_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
         for member in self._devices.members:
             known = checksummed_of(member)
             if known is not None:
@@ -347,6 +375,12 @@ class RunningArray:
         member = await self._opener(place)
         try:
             label = await self._told(read_label(member))
+            needed = end_of(self.superblock)
+            if member.size < needed:  # also one that comes back, and was cut short meanwhile
+                raise PmblkError(
+                    f"{place} is too small: {member.size} bytes of {needed}",
+                    hint="find a larger one",
+                )
             found = label.found
             if isinstance(found, Superblock):
                 if found.array != self.uuid:
@@ -356,8 +390,7 @@ class RunningArray:
                     )
                 self._refuse_copy(place, found)
                 slot = self._slot_to_return_to(found)
-                if slot is not None:
-                    await self._take_back(slot, member, label.stale_slot)
+                if slot is not None and await self._take_back(slot, member, label.stale_slot):
                     return
             await self._add_spare(place, member, label)
         except BaseException:
@@ -379,6 +412,7 @@ class RunningArray:
             if entry.member == found.member and entry.state is State.FAULTY:
                 knows = found.events >= self.superblock.whole_events and not self._went_alone(found)
                 was_whole = found.entries[slot] == Entry(found.member, State.ACTIVE)
+                knows = knows and isinstance(self.array, Array)  # what moves is not marked
                 return slot if self._intents is not None and knows and was_whole else None
         return None
 
@@ -390,7 +424,8 @@ class RunningArray:
             for entry in self.superblock.slots
         )
 
-    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> None:
+    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> bool:
+        """False: a spare has the slot by now."""
         assert self._intents is not None
         await self._told(blank_journal(member, self.superblock))
         await self._told(self._upkeep.end_session())
@@ -406,24 +441,19 @@ class RunningArray:
 
         await self._told(self._keeper.change_roles(change))
         seat = self._keeper.seats.get(slot)
-        if seat is None or seat.member is not wrapped:
-            raise PmblkError(
-                f"{member.place}: its slot has been taken, or it failed at once",
-                hint="see pmblk raid status, and add it again as a spare",
-            )
+        if seat is None:
+            raise PmblkError(f"{member.place} failed at once", hint="see pmblk raid status")
+        if seat.member is not wrapped:
+            return False
         self._places[entry.member] = member.place
         self._reasons.pop(entry.member, None)
         self._upkeep.take_in(slot)
         self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
         self._upkeep.hurry()
+        return True
 
     async def _add_spare(self, place: str, member: Member, label: Label) -> None:
         superblock = self.superblock
-        needed = end_of(superblock)
-        if member.size < needed:
-            raise PmblkError(
-                f"{place} is too small: {member.size} bytes of {needed}", hint="find a larger one"
-            )
         if member.block_bytes > 4096:
             raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
         entry = Entry(uuid.uuid4(), State.SPARE)
@@ -449,6 +479,8 @@ class RunningArray:
         """The new one takes the slot of the old one, which serves until both hold the same."""
         slot = self._number_of(old)
         before = self._devices.members[slot] if slot < self.geometry.members else None
+        if isinstance(self.array, TwoGeometries):
+            raise PmblkError("it grows", hint="wait for the end: pmblk raid status")
         if before is None or slot in self._devices.rebuilt or slot in self._upkeep.replacements:
             raise PmblkError(
                 f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
@@ -481,15 +513,16 @@ class RunningArray:
         if not add:
             await self._told(self._growing.enlarge(size))
             return
-        if self.geometry.level != 1:
+        if self.geometry.level == 10:
             raise PmblkError(
-                f"level {self.geometry.level} gets no more members",
+                "level 10 gets no more members: its copies would have to change places",
                 hint="make a larger array, and copy what is on this one",
             )
         more_members(self.geometry, len(add))
         check_quiet(self.superblock, self._upkeep)
         numbers = [await self._spare(place) for place in add]
-        await self._told(self._growing.mirror(numbers))
+        begin = self._growing.mirror if self.geometry.level == 1 else self._growing.reshape
+        await self._told(begin(numbers))
 
     async def _spare(self, place: str) -> int:
         """The number of its entry; it is added if it is none of ours yet. Raises PmblkError."""

@@ -51,6 +51,28 @@ class Pace(msgspec.Struct, frozen=True):
         return min((limit for limit in limits if limit), default=0)
 
 
+class Speed:
+    """Of a position, over the last seconds."""
+
+    def __init__(self) -> None:
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()
+
+    def sample(self, position: int) -> None:
+        now, samples = trio.current_time(), self._samples
+        if not samples or now - samples[-1][0] >= SPEED_SECONDS / 20:
+            samples.append((now, position))
+        while len(samples) > 1 and now - samples[1][0] >= SPEED_SECONDS:
+            samples.popleft()
+
+    def at(self, position: int) -> float:
+        """Bytes a second, now that it is there."""
+        if not self._samples:
+            return 0.0
+        since, first = self._samples[0]
+        seconds = trio.current_time() - since
+        return (position - first) / seconds if seconds > 0 else 0.0
+
+
 class Sweep:
     """`position` and `end` are bytes of the member for rebuild and replace, else of the array.
 
@@ -93,7 +115,7 @@ class Sweep:
         self.position = min(position, self.end)
         self._todo = self._units(ranges)
         self._operations = array.operations  # of clients, up to the last batch
-        self._samples: collections.deque[tuple[float, int]] = collections.deque()
+        self._speed = Speed()
         if kind == "rebuild":
             assert slot is not None
             array.devices.rebuilt.setdefault(slot, self._first_unit if ranges is None else 0)
@@ -121,7 +143,7 @@ class Sweep:
             kind=self.kind,
             position=self.position,
             end=self.end,
-            bytes_per_second=self._speed(),
+            bytes_per_second=self._speed.at(self.position),
             findings=self.findings.lines(),
         )
 
@@ -132,7 +154,7 @@ class Sweep:
         saved = trio.current_time()
         for first, last in self._todo:
             self.position = max(self.position, first * self._work.unit_bytes)
-            self._sample()
+            self._speed.sample(self.position)
             while first < last:
                 step = min(self._work.batch_units, last - first)
                 await self._batch(first, first + step)
@@ -155,7 +177,7 @@ class Sweep:
         if limit:
             wanted = (last - first) * self._work.unit_bytes / limit
             await trio.sleep_until(started + wanted)
-        self._sample()
+        self._speed.sample(self.position)
 
     async def _step(self, first: int, last: int) -> None:
         while True:
@@ -170,19 +192,3 @@ class Sweep:
         await self._array.flush()
         if self._checkpoint is not None:
             await self._checkpoint(self.position)
-
-    # ---- speed
-
-    def _sample(self) -> None:
-        now, samples = trio.current_time(), self._samples
-        if not samples or now - samples[-1][0] >= SPEED_SECONDS / 20:
-            samples.append((now, self.position))
-        while len(samples) > 1 and now - samples[1][0] >= SPEED_SECONDS:
-            samples.popleft()
-
-    def _speed(self) -> float:
-        if not self._samples:
-            return 0.0
-        since, position = self._samples[0]
-        seconds = trio.current_time() - since
-        return (self.position - position) / seconds if seconds > 0 else 0.0

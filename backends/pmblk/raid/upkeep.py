@@ -1,6 +1,7 @@
 """The work that goes on behind an array's I/O: resync, rebuild, replacement, scrub.
 
-One sweep runs at a time, the most urgent first: a resync, then rebuilds, replacements, and a scrub.
+One sweep runs at a time, the most urgent first: a reshape, a resync, then rebuilds, replacements,
+and a scrub.
 What a sweep has done is on the members now and then: the next start goes on from there. A slot
 without a member takes the first spare there is.
 
@@ -19,6 +20,7 @@ from pmblk.raid.events import MemberSeated, SweepBegan, SweepEnded, Tell, WorkEn
 from pmblk.raid.intents import Intents
 from pmblk.raid.keeper import Keeper, trimmed, with_entry
 from pmblk.raid.replacing import Replacing
+from pmblk.raid.reshaping import Reshape, TwoGeometries
 from pmblk.raid.status import SweepStatus
 from pmblk.raid.superblock import EMPTY, Entry, Flag, State, Superblock
 from pmblk.raid.sweep import Pace, Sweep
@@ -39,18 +41,21 @@ class Scrub(msgspec.Struct, frozen=True):
 class Upkeep:
     """One for an array in service."""
 
-    def __init__(self, array: Array, keeper: Keeper, *, pace: Pace, tell: Tell) -> None:
+    def __init__(
+        self, array: Array | TwoGeometries, keeper: Keeper, *, pace: Pace, tell: Tell
+    ) -> None:
         self.unresolved = False  # a resync could not go on
         self.returned: dict[int, Ranges] = {}  # slot: all that it lacks
         self.replacements: dict[int, int] = {}  # slot: number of the entry that takes it over
+        self.reshape: Reshape | None = None
+        self.reshaped: Callable[[], Awaitable[None]] | None = None  # it has come to its end
         self.scrub: Scrub | None = None
         self.scrubbed: SweepStatus | None = None  # what the last one came to
-        self.sweep: Sweep | None = None
+        self.sweep: Sweep | Reshape | None = None
         self.refusal: OSError | None = None
-        self._array = array
-        self._devices = array.devices
+        self.serve(array)
         self._keeper = keeper
-        self._pace = pace
+        self.pace = pace
         self._tell = tell
         self._sweeping = trio.CancelScope()
         self._wanted = trio.Event()
@@ -63,6 +68,11 @@ class Upkeep:
     @resync.setter
     def resync(self, ranges: Ranges) -> None:
         self._array.parity_in_doubt = ranges
+
+    def serve(self, array: Array | TwoGeometries) -> None:
+        """Work on this one from now on; of `TwoGeometries` nothing but the reshape is done."""
+        self._array = array
+        self._devices = array.devices
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -136,7 +146,7 @@ class Upkeep:
                 with trio.move_on_after(RETRY_SECONDS):
                     await wanted.wait()
 
-    async def _do(self, sweep: Sweep) -> bool:
+    async def _do(self, sweep: Sweep | Reshape) -> bool:
         """False: it could not go on."""
         failure: OSError | None = None
         self._tell(SweepBegan(kind=sweep.kind, slot=sweep.slot))
@@ -153,15 +163,17 @@ class Upkeep:
             SweepEnded(
                 kind=sweep.kind,
                 slot=sweep.slot,
-                findings=sweep.findings.lines(),
+                findings=sweep.status().findings,
                 error="" if failure is None else failure.strerror or str(failure),
                 stopped=self._sweeping.cancelled_caught,
             )
         )
         return failure is None
 
-    def _next_sweep(self) -> Sweep | None:
-        array, pace = self._array, self._pace
+    def _next_sweep(self) -> Sweep | Reshape | None:
+        array, pace = self._array, self.pace
+        if isinstance(array, TwoGeometries):
+            return self.reshape
         if self.resync:
             return Sweep(
                 "resync", array, pace=pace, ranges=self.resync, checkpoint=self._resynced_to
@@ -184,8 +196,12 @@ class Upkeep:
             return Sweep("repair" if self.scrub.repair else "check", array, pace=pace)
         return None
 
-    async def _finished(self, sweep: Sweep) -> None:
-        if sweep.kind == "resync":
+    async def _finished(self, sweep: Sweep | Reshape) -> None:
+        if isinstance(sweep, Reshape):
+            self.reshape = None
+            assert self.reshaped is not None
+            await self.reshaped()
+        elif sweep.kind == "resync":
             await self._resynced()
         elif sweep.kind == "rebuild":
             await self._rebuilt(sweep)
@@ -195,9 +211,11 @@ class Upkeep:
             self.scrub = None
             self.scrubbed = sweep.status()
 
-    async def _broken(self, sweep: Sweep, error: OSError) -> None:
+    async def _broken(self, sweep: Sweep | Reshape, error: OSError) -> None:
         """It cannot go on. What it worked on has left by then, or is given up."""
-        if sweep.kind == "resync":
+        if isinstance(sweep, Reshape):
+            self.reshape = None  # the next start goes on
+        elif sweep.kind == "resync":
             self.resync = ()  # what it cannot mend is for reads to find, and for the next start
             self.unresolved = True
         elif sweep.kind == "rebuild" and sweep.slot in self._devices.rebuilt:
@@ -230,6 +248,8 @@ class Upkeep:
 
     async def _seat_spares(self) -> None:
         """An empty slot takes the first spare there is."""
+        if isinstance(self._array, TwoGeometries):
+            return  # a rebuild would have to know both
         members = self._array.geometry.members
         for slot in sorted(self._devices.missing):
             spares = [
