@@ -5,6 +5,7 @@ does not happen, nor does any after it; what was written before stays, torn at n
 write of a superblock is `test_raid_superblock`'s.)
 """
 
+import errno
 import random
 from collections.abc import Sequence
 
@@ -32,6 +33,12 @@ class CrashingMember(SimMember):
     def __init__(self, size: int, fuse: Fuse, *, name: str) -> None:
         super().__init__(size, random.Random(0), name=name)
         self.fuse = fuse
+
+    async def _start(self, requests: Sequence[Request]) -> None:
+        """As of a real device: a superblock may be on its way to who is just being let go."""
+        if self.closed:
+            raise OSError(errno.ENODEV, "closed")
+        await super()._start(requests)
 
     async def write(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -402,6 +402,24 @@ async def test_a_member_that_is_lost_while_data_move_is_made_up_for(shape: dict[
             await assert_all_fits(machine, array)
 
 
+async def test_a_member_that_left_while_data_moved_is_rebuilt_as_a_whole() -> None:
+    """What moved without it is marked nowhere."""
+    machine = Machine(16, level=5)
+    await machine.create()
+    async with machine.running() as array:
+        await filled(machine, array)
+        await array.grow(size=None, add=[machine.new_device()])
+        machine.members["m0"].gone = True
+        await reshaped(array)
+        assert states(array)["m0"] == "faulty"
+        machine.members["m0"].gone = False
+        await array.add("m0")
+        await idle(array)
+        assert array.status().state == "active"
+        follow(machine, array)
+        await assert_all_fits(machine, array)
+
+
 async def test_a_stop_in_the_middle_goes_on_at_the_next_start() -> None:
     machine = Machine(11, level=5)
     await machine.create()
