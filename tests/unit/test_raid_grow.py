@@ -253,7 +253,7 @@ async def test_a_crash_at_any_step_of_adding_a_mirror_loses_nothing() -> None:
             await assert_all_fits(machine, array)
         if done:
             return
-        steps += 1
+        steps += 1 + steps // 4
 
 
 # ---- more members: data move to them
@@ -377,7 +377,7 @@ async def test_a_crash_at_any_step_of_moving_data_loses_nothing(shape: dict[str,
                 await reshaped(array)
             follow(machine, array)
             await assert_all_fits(machine, array)
-        seed, steps = seed + 1, steps + 1 + steps // 2
+        seed, steps = seed + 1, 2 * steps + 1
 
 
 @pytest.mark.parametrize("shape", [one for one in WIDER if one["level"]], ids=name)
