@@ -338,6 +338,8 @@ class Devices:
 
 def _goes_on(successor: Member | None, member: Member | None) -> TypeGuard[Member]:
     """Whether who sits there does what the other one was to do."""
+    if successor is member:
+        return member is not None
     return successor is not None and member is not None and goes_on(successor, member)
 
 
