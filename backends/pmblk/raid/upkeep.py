@@ -174,7 +174,7 @@ class Upkeep:
         array, pace = self._array, self.pace
         if isinstance(array, TwoGeometries):
             return self.reshape
-        if self.resync:
+        if self.resync and not self.unresolved:
             return Sweep(
                 "resync", array, pace=pace, ranges=self.resync, checkpoint=self._resynced_to
             )
@@ -216,8 +216,7 @@ class Upkeep:
         if isinstance(sweep, Reshape):
             self.reshape = None  # the next start goes on
         elif sweep.kind == "resync":
-            self.resync = ()  # what it cannot mend is for reads to find, and for the next start
-            self.unresolved = True
+            self.unresolved = True  # parity there stays in doubt, until the next start
         elif sweep.kind == "rebuild" and sweep.slot in self._devices.rebuilt:
             await self._devices.fail({sweep.slot: error})
         elif sweep.kind == "replace" and sweep.slot in self.replacements:
