@@ -386,7 +386,8 @@ class RunningArray:
                 if found.array != self.uuid:
                     raise PmblkError(
                         f"{place} is a member of another array ({found.name}, {found.array})",
-                        hint="erase it (pmblk raid erase), if nobody needs that",
+                        hint="if nobody needs that: dd if=/dev/zero bs=4096 seek=1 count=2"
+                        f" conv=notrunc of={place}",
                     )
                 self._refuse_copy(place, found)
                 slot = self._slot_to_return_to(found)
