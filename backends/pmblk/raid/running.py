@@ -3,24 +3,20 @@
 `start` settles who is in, `run` does the work behind the I/O until it is cancelled, `stop` ends it
 cleanly. Whatever is refused is a PmblkError with what to do, and has changed nothing.
 
-Not here: reads and writes (`array`), the work behind them (`upkeep`), who may sit where at the
-start (`assembly`), how it is opened (`assembling`).
+Not here: reads and writes (`array`), the work behind them (`upkeep`), members that people change
+(`roster`), who may sit where at the start (`assembly`), how it is opened (`assembling`).
 """
 
-import errno
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from pmblk.errors import PmblkError
-from pmblk.raid.areas import end_of
 from pmblk.raid.array import Array
 from pmblk.raid.bad_blocks import bad_blocks_of
 from pmblk.raid.buffers import buffer
 from pmblk.raid.checksummed import checksummed_of
-from pmblk.raid.creation import blank, blank_journal
 from pmblk.raid.events import Event, MemberFailed, MemberNeeded, StateChanged, Tell, nobody
 from pmblk.raid.geometry import Geometry
 from pmblk.raid.growing import (
@@ -31,19 +27,16 @@ from pmblk.raid.growing import (
     resumed,
 )
 from pmblk.raid.intents import Intents
-from pmblk.raid.keeper import Keeper, Seat, trimmed, with_entry, without
-from pmblk.raid.labels import Label, read_label
+from pmblk.raid.keeper import Keeper, Seat, with_entry
 from pmblk.raid.layout import rows_of, survives
-from pmblk.raid.member import Member, Request
-from pmblk.raid.replacing import Replacing
+from pmblk.raid.member import Request
 from pmblk.raid.replaying import JournalReplay
 from pmblk.raid.reshaping import TwoGeometries
+from pmblk.raid.roster import Opener, Roster, Wrapper, told
 from pmblk.raid.status import ArrayStatus, MemberStatus
 from pmblk.raid.superblock import (
     BITMAP_BYTES,
     BITMAP_OFFSET,
-    EMPTY,
-    ENTRIES_MAX,
     Entry,
     Flag,
     State,
@@ -51,10 +44,6 @@ from pmblk.raid.superblock import (
 )
 from pmblk.raid.sweep import Pace
 from pmblk.raid.upkeep import Scrub, Upkeep
-
-T = TypeVar("T")
-Opener = Callable[[str], Awaitable[Member]]
-Wrapper = Callable[[Member, Superblock], Awaitable[Member]]
 
 
 class RunningArray:
@@ -76,15 +65,9 @@ class RunningArray:
         geometry = superblock.geometry
         self.name = superblock.name
         self.uuid = superblock.array
-        self._opener = opener
-        self._wrap = wrap
         self._tell = tell
         self._state_told = "active"
         self._needed_told: set[uuid.UUID] = set()
-        self._reasons: dict[uuid.UUID, str] = {}  # why a member is faulty
-        self._places = {
-            superblock.entries[number].member: seat.member.place for number, seat in seats.items()
-        }
         self._keeper = Keeper(superblock, seats, out=self._dropped)
         self._intents = self._make_intents(superblock)
         array = Array(
@@ -102,6 +85,9 @@ class RunningArray:
         self._devices.watchers.told = self._keeper.told
         self.resized: Callable[[], None] = lambda: None
         self._upkeep = Upkeep(self.array, self._keeper, pace=pace or Pace(), tell=self._happened)
+        self._roster = Roster(
+            self._keeper, self._upkeep, opener=opener, wrap=wrap, drop=self._dropped
+        )
         self._growing = Growing(self.array, self._keeper, self._upkeep, serve=self._serve)
 
     def _make_intents(self, superblock: Superblock) -> Intents | None:
@@ -312,7 +298,7 @@ class RunningArray:
 
     def _left(self, number: int, reason: str) -> None:
         slot, place = self._seat_of(number)
-        self._reasons[self._keeper.entry(number).member] = reason
+        self._roster.reasons[self._keeper.entry(number).member] = reason
         self._tell(MemberFailed(slot=slot, place=place, reason=reason))
 
     def _needed(self, slot: int, error: OSError) -> None:
@@ -328,171 +314,25 @@ class RunningArray:
         """Slot and place of an entry."""
         member = self._keeper.entry(number).member
         slot = number if number < self.geometry.members else None
-        return slot, self._places.get(member, str(member))
+        return slot, self._roster.places.get(member, str(member))
 
     # ---- what people ask for
 
     async def fail(self, place: str) -> None:
         """This member is out, as if it had failed."""
-        number = self._number_of(place)
-        error = OSError(errno.EIO, "failed by command")
-        if number not in self._keeper.seats:
-            raise PmblkError(f"{place} has failed already", hint="see pmblk raid status")
-        if number >= self.geometry.members:
-            self._keeper.seats[number].member.close()
-            self._dropped(number, error)
-            await self._told(self._keeper.fail(number, error))
-        elif await self._told(self._devices.fail({number: error})):
-            raise PmblkError(
-                f"the array cannot be without {place}", hint="add a spare, and wait for its rebuild"
-            )
+        await self._roster.fail(place)
 
     async def remove(self, place: str) -> None:
         """A spare, or a member that has failed, is the array's no more."""
-        number = self._number_of(place)
-        entry = self._keeper.entry(number)
-        if entry.state in (State.ACTIVE, State.REBUILDING):
-            raise PmblkError(
-                f"{place} is in use", hint="fail it first, or have it replaced by another one"
-            )
-        if number in self._upkeep.replacements.values():
-            raise PmblkError(f"{place} takes over from a member", hint="fail it first")
-
-        def change(superblock: Superblock) -> Superblock:
-            seat = self._keeper.seats.pop(number, None)
-            if seat is not None:
-                seat.member.close()
-            return trimmed(with_entry(superblock, number, EMPTY))
-
-        await self._told(self._keeper.change_roles(change))
-        self._places.pop(entry.member, None)
-        self._reasons.pop(entry.member, None)
+        await self._roster.remove(place)
 
     async def add(self, place: str) -> None:
         """A spare; a member that comes back takes its slot again, and only what it lacks."""
-        if any(seat.member.place == place for seat in self._keeper.seats.values()):
-            raise PmblkError(f"{place} is in the array already")
-        member = await self._opener(place)
-        try:
-            label = await self._told(read_label(member))
-            needed = end_of(self.superblock)
-            if member.size < needed:  # also one that comes back, and was cut short meanwhile
-                raise PmblkError(
-                    f"{place} is too small: {member.size} bytes of {needed}",
-                    hint="find a larger one",
-                )
-            found = label.found
-            if isinstance(found, Superblock):
-                if found.array != self.uuid:
-                    raise PmblkError(
-                        f"{place} is a member of another array ({found.name}, {found.array})",
-                        hint="if nobody needs that: dd if=/dev/zero bs=4096 seek=1 count=2"
-                        f" conv=notrunc of={place}",
-                    )
-                self._refuse_copy(place, found)
-                slot = self._slot_to_return_to(found)
-                if slot is not None and await self._take_back(slot, member, label.stale_slot):
-                    return
-            await self._add_spare(place, member, label)
-        except BaseException:
-            member.close()
-            raise
-
-    def _refuse_copy(self, place: str, found: Superblock) -> None:
-        for number, entry in enumerate(self.superblock.entries):
-            if entry.member == found.member and number in self._keeper.seats:
-                raise PmblkError(
-                    f"{place} says that it is {self._places.get(entry.member)}: one is a copy, or "
-                    "both are the same device",
-                    hint="erase its superblock, if it is another device",
-                )
-
-    def _slot_to_return_to(self, found: Superblock) -> int | None:
-        """Where its bytes still are what the array holds, but for what is marked since."""
-        for slot, entry in enumerate(self.superblock.slots):
-            if entry.member == found.member and entry.state is State.FAULTY:
-                knows = found.events >= self.superblock.whole_events and not self._went_alone(found)
-                was_whole = found.entries[slot] == Entry(found.member, State.ACTIVE)
-                knows = knows and isinstance(self.array, Array)  # what moves is not marked
-                return slot if self._intents is not None and knows and was_whole else None
-        return None
-
-    def _went_alone(self, found: Superblock) -> bool:
-        """It counts somebody out who is here: it was written to without them."""
-        theirs = {entry.member: entry.state for entry in found.entries}
-        return any(
-            entry.state is State.ACTIVE and theirs.get(entry.member) is not State.ACTIVE
-            for entry in self.superblock.slots
-        )
-
-    async def _take_back(self, slot: int, member: Member, stale_slot: int) -> bool:
-        """False: a spare has the slot by now."""
-        assert self._intents is not None
-        await self._told(blank_journal(member, self.superblock))
-        await self._told(self._upkeep.end_session())
-        wrapped = await self._wrap(member, self.superblock)
-        entry = Entry(self._keeper.entry(slot).member, State.REBUILDING)
-
-        def change(superblock: Superblock) -> Superblock | None:
-            if slot in self._keeper.seats:
-                return None
-            self._keeper.seats[slot] = Seat(wrapped, stale_slot)
-            self._upkeep.returned[slot] = ()
-            return with_entry(superblock, slot, entry)
-
-        await self._told(self._keeper.change_roles(change))
-        seat = self._keeper.seats.get(slot)
-        if seat is None:
-            raise PmblkError(f"{member.place} failed at once", hint="see pmblk raid status")
-        if seat.member is not wrapped:
-            return False
-        self._places[entry.member] = member.place
-        self._reasons.pop(entry.member, None)
-        self._upkeep.take_in(slot)
-        self._upkeep.returned[slot] = tuple(self._intents.dirty_ranges())
-        self._upkeep.hurry()
-        return True
-
-    async def _add_spare(self, place: str, member: Member, label: Label) -> None:
-        superblock = self.superblock
-        if member.block_bytes > 4096:
-            raise PmblkError(f"{place} has blocks of {member.block_bytes} bytes; at most 4096")
-        entry = Entry(uuid.uuid4(), State.SPARE)
-        await self._told(blank(member, superblock))
-        wrapped = await self._wrap(member, superblock)
-
-        def change(superblock: Superblock) -> Superblock | None:
-            if isinstance(label.found, Superblock):  # what it was here before is over
-                superblock = without(superblock, label.found.member)
-            number = superblock.free_entry
-            if number == ENTRIES_MAX:
-                return None
-            self._keeper.seats[number] = Seat(wrapped, label.stale_slot)
-            return with_entry(superblock, number, entry)
-
-        await self._told(self._keeper.change_roles(change))
-        if all(one.member != entry.member for one in self.superblock.entries):
-            raise PmblkError("the array has as many spares as there can be")
-        self._places[entry.member] = place
-        self._upkeep.hurry()
+        await self._roster.add(place)
 
     async def replace(self, old: str, new: str) -> None:
         """The new one takes the slot of the old one, which serves until both hold the same."""
-        slot = self._number_of(old)
-        before = self._devices.members[slot] if slot < self.geometry.members else None
-        if isinstance(self.array, TwoGeometries):
-            raise PmblkError("it grows", hint="wait for the end: pmblk raid status")
-        if before is None or slot in self._devices.rebuilt or slot in self._upkeep.replacements:
-            raise PmblkError(
-                f"{old} is no whole member", hint="a spare takes the slot of one that has failed"
-            )
-        number = await self._spare(new)
-        if self._devices.members[slot] is not before or slot in self._devices.rebuilt:
-            raise PmblkError(f"{old} has failed meanwhile", hint=f"{new} is a spare now")
-        seat = self._keeper.seats[number]
-        self._devices.members[slot] = Replacing(before, seat.member)
-        self._upkeep.replacements[slot] = number
-        self._upkeep.hurry()
+        await self._roster.replace(old, new)
 
     def scrub(self, *, repair: bool) -> None:
         """Read all of it, and see whether it fits; `repair`: mend what does not."""
@@ -512,7 +352,7 @@ class RunningArray:
         if add and size is not None:
             raise PmblkError("a size and more members are two steps", hint="name one of them")
         if not add:
-            await self._told(self._growing.enlarge(size))
+            await told(self.name, self._growing.enlarge(size))
             return
         if self.geometry.level == 10:
             raise PmblkError(
@@ -521,37 +361,9 @@ class RunningArray:
             )
         more_members(self.geometry, len(add))
         check_quiet(self.superblock, self._upkeep)
-        numbers = [await self._spare(place) for place in add]
+        numbers = [await self._roster.spare(place) for place in add]
         begin = self._growing.mirror if self.geometry.level == 1 else self._growing.reshape
-        await self._told(begin(numbers))
-
-    async def _spare(self, place: str) -> int:
-        """The number of its entry; it is added if it is none of ours yet. Raises PmblkError."""
-        if all(seat.member.place != place for seat in self._keeper.seats.values()):
-            await self.add(place)
-        number = self._number_of(place)
-        if self._keeper.entry(number).state is not State.SPARE:
-            raise PmblkError(f"{place} is no spare", hint="name a spare, or a device to add")
-        return number
-
-    async def _told(self, work: Awaitable[T]) -> T:
-        """Errors of members, in words for people."""
-        try:
-            return await work
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise PmblkError(f"{self.name}: {reason}", hint="see pmblk raid status") from error
-
-    def _number_of(self, place: str) -> int:
-        """Of its entry. Raises PmblkError."""
-        for number, entry in enumerate(self.superblock.entries):
-            if entry.state is not State.EMPTY and place in (
-                self._places.get(entry.member),
-                str(entry.member),  # for one whose place nobody knows: it was missing at the start
-            ):
-                return number
-        places = ", ".join(sorted(self._places.values()))
-        raise PmblkError(f"{place} is no member of {self.name}", hint=f"its members: {places}")
+        await told(self.name, begin(numbers))
 
     # ---- what it tells
 
@@ -605,13 +417,13 @@ class RunningArray:
             checkpoint = self._devices.rebuilt[number] * self.geometry.chunk_bytes
         return MemberStatus(
             slot=number if number < self.geometry.members else None,
-            place=self._places.get(entry.member),
+            place=self._roster.places.get(entry.member),
             member=entry.member,
             state=state,
             checkpoint=checkpoint,
             bad_blocks=_bad_blocks(seat),
             errors=self._devices.errors[number] if seat is not None else 0,
-            reason=self._reasons.get(entry.member, ""),
+            reason=self._roster.reasons.get(entry.member, ""),
         )
 
 

@@ -63,22 +63,22 @@ class Upkeep:
     @property
     def resync(self) -> Ranges:
         """What may not fit since an unclean stop; parity is not to be trusted there."""
-        return self._array.parity_in_doubt
+        return self.array.parity_in_doubt
 
     @resync.setter
     def resync(self, ranges: Ranges) -> None:
-        self._array.parity_in_doubt = ranges
+        self.array.parity_in_doubt = ranges
 
     def serve(self, array: Array | TwoGeometries) -> None:
         """Work on this one from now on; of `TwoGeometries` nothing but the reshape is done."""
-        self._array = array
-        self._devices = array.devices
+        self.array = array
+        self.devices = array.devices
 
     async def run(self) -> None:
         """Until it is cancelled."""
         async with trio.open_nursery() as nursery:
-            if self._array.intents is not None:
-                nursery.start_soon(self._clear_marks, self._array.intents)
+            if self.array.intents is not None:
+                nursery.start_soon(self._clear_marks, self.array.intents)
             try:
                 await self._work()
             except OSError as error:  # members cannot be told of a change: nothing changes any more
@@ -91,14 +91,14 @@ class Upkeep:
             try:
                 if intents.has_failed:
                     await self._keeper.update(_doubted)
-                await intents.clear_idle(self._array.flush)
+                await intents.clear_idle(self.array.flush)
             except OSError:
                 pass  # who could not has left, or the array is lost; the marks stay
 
     def keep_marks_while_degraded(self) -> None:
         """A member that comes back needs to be told what it lacks."""
-        if self._array.intents is not None:
-            self._array.intents.keeping = bool(self._devices.missing or self._devices.rebuilt)
+        if self.array.intents is not None:
+            self.array.intents.keeping = bool(self.devices.missing or self.devices.rebuilt)
 
     def dropped(self, number: int) -> None:
         """The member of that entry has left."""
@@ -171,7 +171,7 @@ class Upkeep:
         return failure is None
 
     def _next_sweep(self) -> Sweep | Reshape | None:
-        array, pace = self._array, self.pace
+        array, pace = self.array, self.pace
         if isinstance(array, TwoGeometries):
             return self.reshape
         if self.resync and not self.unresolved:
@@ -187,7 +187,7 @@ class Upkeep:
                 pace=pace,
                 slot=slot,
                 ranges=self.returned.get(slot),
-                position=chunks * self._array.geometry.chunk_bytes,
+                position=chunks * self.array.geometry.chunk_bytes,
                 checkpoint=self._rebuilt_to(slot),
             )
         for slot in self.replacements:
@@ -217,8 +217,8 @@ class Upkeep:
             self.reshape = None  # the next start goes on
         elif sweep.kind == "resync":
             self.unresolved = True  # parity there stays in doubt, until the next start
-        elif sweep.kind == "rebuild" and sweep.slot in self._devices.rebuilt:
-            await self._devices.fail({sweep.slot: error})
+        elif sweep.kind == "rebuild" and sweep.slot in self.devices.rebuilt:
+            await self.devices.fail({sweep.slot: error})
         elif sweep.kind == "replace" and sweep.slot in self.replacements:
             number = self.replacements[sweep.slot]
             self._call_off(sweep.slot)
@@ -235,22 +235,22 @@ class Upkeep:
         done = [(at, min(n, position - at)) for at, n in self.resync if at < position]
         rest = [(max(at, position), at + n) for at, n in self.resync if at + n > position]
         self.resync = tuple((at, end - at) for at, end in rest)
-        if self._array.intents is not None:
+        if self.array.intents is not None:
             for offset, length in done:
-                await self._array.intents.cleaned(offset, length)
+                await self.array.intents.cleaned(offset, length)
         await self._keeper.update(lambda one: replace(one, resync_position=position))
 
     async def _resynced(self) -> None:
-        await self._resynced_to(self._array.size)
+        await self._resynced_to(self.array.size)
 
     # ---- rebuild
 
     async def _seat_spares(self) -> None:
         """An empty slot takes the first spare there is."""
-        if isinstance(self._array, TwoGeometries):
+        if isinstance(self.array, TwoGeometries):
             return  # a rebuild would have to know both
-        members = self._array.geometry.members
-        for slot in sorted(self._devices.missing):
+        members = self.array.geometry.members
+        for slot in sorted(self.devices.missing):
             spares = [
                 number
                 for number in sorted(self._keeper.seats)
@@ -276,21 +276,21 @@ class Upkeep:
 
         await self.end_session()
         await self._keeper.change_roles(change)
-        if slot in seats and slot in self._devices.missing:  # not failed by this very change
+        if slot in seats and slot in self.devices.missing:  # not failed by this very change
             self.take_in(slot)
 
     async def end_session(self) -> None:
         """Before a member comes into a slot: its journal has nothing of what was recorded for who
         sat there before. Raises OSError.
         """
-        if self._array.journal is not None:
-            await self._array.journal.renew()
+        if self.array.journal is not None:
+            await self.array.journal.renew()
 
     def take_in(self, slot: int) -> None:
         """Who sits there is written to from now on, and read where a rebuild has been."""
         member = self._keeper.seats[slot].member
-        self._devices.rebuilt[slot] = 0
-        self._devices.members[slot] = member
+        self.devices.rebuilt[slot] = 0
+        self.devices.members[slot] = member
         self._tell(MemberSeated(slot=slot, place=member.place, returned=slot in self.returned))
 
     def _rebuilt_to(self, slot: int) -> Checkpoint:
@@ -299,7 +299,7 @@ class Upkeep:
                 return  # it is whole but for some ranges: a position says nothing
 
             def change(superblock: Superblock) -> Superblock | None:
-                if slot not in self._devices.rebuilt:
+                if slot not in self.devices.rebuilt:
                     return None
                 entry = replace(superblock.entries[slot], checkpoint=position)
                 return with_entry(superblock, slot, entry)
@@ -313,16 +313,16 @@ class Upkeep:
         assert slot is not None
 
         def change(superblock: Superblock) -> Superblock | None:
-            if slot not in self._devices.rebuilt:
+            if slot not in self.devices.rebuilt:
                 return None  # it failed at the very end
             whole = Entry(superblock.entries[slot].member, State.ACTIVE)
             return with_entry(superblock, slot, whole)
 
-        await self._array.flush()
-        if self._array.intents is not None:
-            await self._array.intents.store_all()  # it has missed marks, too
+        await self.array.flush()
+        if self.array.intents is not None:
+            await self.array.intents.store_all()  # it has missed marks, too
         await self._keeper.change_roles(change)
-        self._devices.rebuilt.pop(slot, None)
+        self.devices.rebuilt.pop(slot, None)
         self.returned.pop(slot, None)
         self.keep_marks_while_degraded()
 
@@ -333,10 +333,10 @@ class Upkeep:
         slot = sweep.slot
         assert slot is not None
         number = self.replacements.get(slot)
-        member = self._devices.members[slot]
+        member = self.devices.members[slot]
         if number is None or not isinstance(member, Replacing) or member.new_error is not None:
             return  # one of them failed at the very end
-        await self._array.flush()
+        await self.array.flush()
         await self.end_session()
         if not await member.hand_over():
             return
@@ -351,21 +351,21 @@ class Upkeep:
             return trimmed(with_entry(with_entry(superblock, number, EMPTY), slot, whole))
 
         await self._keeper.change_roles(change)
-        if self._devices.members[slot] is member:
-            self._devices.members[slot] = member.new
+        if self.devices.members[slot] is member:
+            self.devices.members[slot] = member.new
             member.close()
         elif seats.get(slot) is None:
             member.new.close()  # it failed with the old one
-        if self._array.intents is not None:
-            await self._array.intents.store_all()  # spares get no marks
+        if self.array.intents is not None:
+            await self.array.intents.store_all()  # spares get no marks
 
     def _call_off(self, slot: int) -> None:
         """The old one goes on alone; the new one is whatever became of it."""
         del self.replacements[slot]
-        member = self._devices.members[slot]
+        member = self.devices.members[slot]
         if isinstance(member, Replacing):
             member.give_up(OSError(errno.ENODEV, "the replacement was called off"))
-            self._devices.members[slot] = member.old
+            self.devices.members[slot] = member.old
         if self.sweep is not None and self.sweep.kind == "replace" and self.sweep.slot == slot:
             self._sweeping.cancel()
 
