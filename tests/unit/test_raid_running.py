@@ -357,11 +357,7 @@ async def _something_happens(machine: Machine, array: RunningArray) -> None:
     elif what == 3 and array.status().state == "degraded":
         faulty = [place for place, state in states(array).items() if place and state == "faulty"]
         back = chosen.random() < 0.5 and faulty
-        try:
-            await array.add(chosen.choice(faulty) if back else machine.new_device())
-        except PmblkError as error:  # a spare that was added before was faster
-            if not back or "its slot has been taken" not in str(error):
-                raise
+        await array.add(chosen.choice(faulty) if back else machine.new_device())
     elif what == 4:
         await idle(array)
     else:
