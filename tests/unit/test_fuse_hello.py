@@ -75,7 +75,7 @@ def test_every_opcode_has_the_kernel_s_number() -> None:
 def test_hello_agrees_on_what_both_can(kernel: Kernel) -> None:
     answer = kernel.init()
     assert (answer.major, answer.minor, answer.max_readahead) == (7, 45, 131072)
-    assert answer.flags == 1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22 | 1 << 30
+    assert answer.flags == 1 << 0 | 1 << 5 | 1 << 15 | 1 << 18 | 1 << 22 | 1 << 28 | 1 << 30
     assert answer.flags2 == 1 << 4 | 1 << 5
     assert not answer.flags & 1 << 16, "WRITEBACK excludes passthrough"
     assert (answer.max_write, answer.max_pages) == (IO_BYTES_MAX, IO_BYTES_MAX // PAGE)

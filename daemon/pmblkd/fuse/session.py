@@ -50,6 +50,7 @@ _WANTED = (
     | Init.ASYNC_DIO
     | Init.PARALLEL_DIROPS
     | Init.MAX_PAGES
+    | Init.HANDLE_KILLPRIV_V2  # no file has privileges: the kernel need not ask at each write
     | Init.INIT_EXT
     | Init.DIRECT_IO_ALLOW_MMAP
     | Init.PASSTHROUGH
