@@ -11,7 +11,6 @@ from bench.fuse_rows import (
     RAW,
     Results,
     Row,
-    Target,
 )
 from bench.report import (
     Origin,
@@ -34,17 +33,18 @@ from bench.samples import (
     cpu_user_us,
     iops,
     of_server,
-    ratio,
     server_share,
 )
+from bench.targets import bytes_cells, ratio_cells
 from pmblkd.compare.spread import spread
 
 SERVERS = tuple(name for name in CONTENDERS if name not in (RAW, FAST))
 LIMITS = f"""\
 *{RAW}* is the file in memory itself: no server takes part. Nor does any in the reads and writes of
-*{FAST}*: what they lack of {RAW}'s figure is the kernel's own way through FUSE. A mapping (mmap) of
-the other servers' files is one of copies in the page cache, or is refused: they are not in those
-rows. Above a loop device the kernel's own threads do the I/O, on any CPU.
+*{FAST}*: what they lack of {RAW}'s figure is the kernel's own way through FUSE, a second file's
+checks and attributes for each call (`perf record -C 0` beside such a row shows it). A mapping
+(mmap) of the other servers' files is one of copies in the page cache, or is refused: they are not
+in those rows. Above a loop device the kernel's own threads do the I/O, on any CPU.
 
 *Busy* is the share of one CPU that the server and fio used (fio with its start). Everything is one
 job on a file in memory: no disk is involved."""
@@ -140,9 +140,10 @@ def _title(row: Row) -> str:
 
 def _targets(run: Run) -> Iterator[list[str]]:
     for row, samples in run.results.items():
-        yield from (_ratio_cells(row, samples, target) for target in row.targets)
+        yield from (ratio_cells(_title(row), samples, target) for target in row.targets)
         if row.bytes_per_second_min is not None:
-            yield _bytes_cells(row, samples, row.bytes_per_second_min)
+            least = row.bytes_per_second_min
+            yield bytes_cells(_title(row), row, samples, of=AUTO, least=least)
         if row.cpu_us_max is not None:
             yield _cpu_target_cells(row, samples, row.cpu_us_max)
     yield [
@@ -150,26 +151,6 @@ def _targets(run: Run) -> Iterator[list[str]]:
         f"{FAST}: no READ and no WRITE reaches the daemon",
         f"{run.fast_commands} commands",
         verdict(run.fast_commands == 0),
-    ]
-
-
-def _ratio_cells(row: Row, samples: Samples, target: Target) -> list[str]:
-    reached = ratio(samples, iops, of=target.of, to=target.to)
-    return [
-        _title(row),
-        f"{target.of} ≥ {target.ratio_min:g} x {target.to}",
-        with_spread(reached, two_places),
-        verdict(reached.middle >= target.ratio_min),
-    ]
-
-
-def _bytes_cells(row: Row, samples: Samples, least: float) -> list[str]:
-    reached = of_server(samples, AUTO, iops)
-    return [
-        _title(row),
-        f"{AUTO} ≥ {least / 1e9:g} GB/s",
-        with_spread(reached, rate(row)),
-        verdict(reached.middle * row.block_kib * 1024 >= least),
     ]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.samples import Samples
+from bench.targets import Target
 
 RAW = "tmpfs"  # the file itself, without any server
 FAST, AUTO, OFF = "fast", "auto", "off"  # pmblk's kernel engine, by the namespace's `dax`
@@ -24,15 +25,6 @@ NBDFUSE_RATIO_MIN = 3.0
 LARGE_BYTES_PER_SECOND_MIN = 4e9
 CPU_US_MAX = 7.0
 FIRST_IO_SECONDS_MAX = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """`of` reaches at least `ratio_min` times the throughput of `to`."""
-
-    of: str
-    to: str
-    ratio_min: float
 
 
 @dataclass(frozen=True, kw_only=True)

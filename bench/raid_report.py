@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench.raid_rows import CONTENDERS, RAID5, Cost, Costs, Results, Row, Target
+from bench.raid_rows import CONTENDERS, RAID5, Cost, Costs, Results, Row
 from bench.report import (
     Origin,
     block_text,
@@ -12,12 +12,12 @@ from bench.report import (
     rate,
     table,
     three_digits,
-    two_places,
     unit,
     verdict,
     with_spread,
 )
-from bench.samples import Samples, cpu_us, iops, of_server, ratio
+from bench.samples import Samples, cpu_us, iops, of_server
+from bench.targets import bytes_cells, ratio_cells
 
 LIMITS = """\
 The array's own interface is called, in one process: no front end, no socket. There is no bitmap and
@@ -107,31 +107,12 @@ def _title(row: Row) -> str:
 
 def _targets(run: Run) -> Iterator[list[str]]:
     for row, samples in run.results.items():
-        yield from (_ratio_cells(row, samples, target) for target in row.targets)
+        yield from (ratio_cells(_title(row), samples, target) for target in row.targets)
         if row.bytes_per_second_min is not None:
-            yield _bytes_cells(row, samples, row.bytes_per_second_min)
+            least = row.bytes_per_second_min
+            yield bytes_cells(_title(row), row, samples, of=RAID5, least=least)
         if row.cost_max is not None:
             yield _cost_cells(row, run.costs[row][RAID5], row.cost_max)
-
-
-def _ratio_cells(row: Row, samples: Samples, target: Target) -> list[str]:
-    reached = ratio(samples, iops, of=target.of, to=target.to)
-    return [
-        _title(row),
-        f"{target.of} ≥ {target.ratio_min:g} x {target.to}",
-        with_spread(reached, two_places),
-        verdict(reached.middle >= target.ratio_min),
-    ]
-
-
-def _bytes_cells(row: Row, samples: Samples, least: float) -> list[str]:
-    reached = of_server(samples, RAID5, iops)
-    return [
-        _title(row),
-        f"{RAID5} ≥ {least / 1e9:g} GB/s",
-        with_spread(reached, rate(row)),
-        verdict(reached.middle * row.block_kib * 1024 >= least),
-    ]
 
 
 def _cost_cells(row: Row, reached: Cost, most: Cost) -> list[str]:

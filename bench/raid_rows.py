@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.samples import Samples
+from bench.targets import Target
 
 RAID0, RAID5, DEGRADED = "raid0 of 5", "raid5 of 4 + 1", "raid5, one missing"
 CONTENDERS = (RAID0, RAID5, DEGRADED)
@@ -14,15 +15,6 @@ DEGRADED_RATIO_MIN = 0.50
 SWEEP_BYTES_PER_SECOND_MIN = 1e9
 
 Work = Literal["read", "write", "randread", "randwrite", "rebuild", "check"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """`of` reaches at least `ratio_min` times the throughput of `to`."""
-
-    of: str
-    to: str
-    ratio_min: float
 
 
 @dataclass(frozen=True)
