@@ -305,3 +305,12 @@ async def test_a_write_that_cannot_be_marked_is_an_error_and_writes_nothing() ->
         await world.check()
         world.assert_whole()
         assert not intents.has_failed
+
+
+async def test_whatever_a_client_asks_for_is_seen_by_the_work_in_the_background() -> None:
+    world = World(1, level=5, members=4)
+    seen = [world.array.operations]
+    for ask in (world.write((0, CHUNK)), world.array.read(0, CHUNK), world.zero(0, CHUNK)):
+        await ask
+        seen.append(world.array.operations)
+    assert seen == sorted(set(seen)), "each of them counts"

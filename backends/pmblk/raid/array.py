@@ -162,6 +162,7 @@ class Array:
         leaves behind a range that is zero up to some place.
         """
         assert 0 <= offset <= offset + length <= self.size
+        self.operations += 1
         self._under_way += 1
         try:
             await self._zero_slices(offset, offset + length)

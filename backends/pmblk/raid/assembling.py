@@ -113,7 +113,10 @@ async def assemble(
         await running.start(dirty=assembly.dirty)
     except OSError as error:
         found.close()
-        raise PmblkError(f"cannot start the array: {error.strerror or error}") from error
+        raise PmblkError(
+            f"cannot start the array: {error.strerror or error}",
+            hint="look at its members with pmblk raid examine, and leave away the one that fails",
+        ) from error
     except BaseException:
         found.close()
         raise

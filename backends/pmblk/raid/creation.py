@@ -86,7 +86,10 @@ async def create(
         superblock = _design(wishes, members, len(places))
         return await _write(superblock, members, assume_clean=wishes.assume_clean)
     except OSError as error:
-        raise PmblkError(f"cannot make the array: {error.strerror or error}") from error
+        raise PmblkError(
+            f"cannot make the array: {error.strerror or error}",
+            hint="there is none now: leave away the member that fails, and make it again",
+        ) from error
     finally:
         for member in members:
             member.close()
@@ -141,11 +144,13 @@ def _design(wishes: Wishes, members: Sequence[Member], count: int) -> Superblock
             copies=wishes.copies,
         )
     except TooSmall as error:
-        raise PmblkError(f"{smallest.place}: {error}") from None
+        raise PmblkError(f"{smallest.place}: {error}", hint="use a larger one") from None
     except ValueError as error:
         raise PmblkError(str(error)) from None
     if len(members) > ENTRIES_MAX:
-        raise PmblkError(f"{len(members)} members and spares; at most {ENTRIES_MAX}")
+        raise PmblkError(
+            f"{len(members)} members and spares", hint=f"at most {ENTRIES_MAX} together"
+        )
     return _superblock(wishes, geometry, found, len(members))
 
 

@@ -386,7 +386,7 @@ def check_spares(keeper: Keeper, numbers: Sequence[int]) -> None:
 def more_members(geometry: Geometry, count: int) -> Geometry:
     """Raises PmblkError."""
     if geometry.members + count > MEMBERS_MAX:
-        raise PmblkError(f"an array has {MEMBERS_MAX} members at most")
+        raise PmblkError("too many members", hint=f"an array has {MEMBERS_MAX} at most")
     return replace(geometry, members=geometry.members + count)
 
 

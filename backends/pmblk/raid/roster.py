@@ -110,7 +110,7 @@ class Roster:
     async def add(self, place: str) -> None:
         """A spare; a member that comes back takes its slot again, and only what it lacks."""
         if any(seat.member.place == place for seat in self._keeper.seats.values()):
-            raise PmblkError(f"{place} is in the array already")
+            raise PmblkError(f"{place} is in the array already", hint="see pmblk raid status")
         member = await self._open(place)
         try:
             label = await told(self._name, read_label(member))
@@ -198,7 +198,8 @@ class Roster:
         superblock = self._superblock
         if member.block_bytes > BLOCK_BYTES:
             raise PmblkError(
-                f"{place} has blocks of {member.block_bytes} bytes; at most {BLOCK_BYTES}"
+                f"{place} has blocks of {member.block_bytes} bytes",
+                hint=f"members have blocks of {BLOCK_BYTES} bytes at most",
             )
         entry = Entry(uuid.uuid4(), State.SPARE)
         await told(self._name, blank(member, superblock))
@@ -215,7 +216,7 @@ class Roster:
 
         await told(self._name, self._keeper.change_roles(change))
         if all(one.member != entry.member for one in self._superblock.entries):
-            raise PmblkError("the array has as many spares as there can be")
+            raise PmblkError("the array has no room for one more spare", hint="remove one first")
         self.places[entry.member] = place
         self._upkeep.hurry()
 

@@ -337,7 +337,10 @@ class RunningArray:
     def scrub(self, *, repair: bool) -> None:
         """Read all of it, and see whether it fits; `repair`: mend what does not."""
         if not self.geometry.redundancy and not Flag.INTEGRITY & self.superblock.flags:
-            raise PmblkError("level 0 without integrity has nothing to compare")
+            raise PmblkError(
+                "level 0 without checksums has nothing to compare",
+                hint="arrays made with --integrity can be scrubbed at any level",
+            )
         if self._upkeep.scrub is not None:
             raise PmblkError("a scrub is under way", hint="stop it first (--stop)")
         self._upkeep.scrub = Scrub(repair)
